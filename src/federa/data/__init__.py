@@ -1,0 +1,1 @@
+"""Data: reading it, splitting it over clients, and cutting it into batches."""
