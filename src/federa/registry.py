@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from federa.types import FederaError
 
@@ -29,6 +29,26 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """Return ` (did you mean 'x'?)` for the known word nearest to a wrong one, or nothing."""
     found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f" (did you mean {found[0]!r}?)" if found else ""
+
+
+def explain(error: ValidationError, cls: type[BaseModel], prefix: str = "") -> str:
+    """Return the first thing that pydantic found wrong, as one line with the recipe's dotted key."""
+    first = error.errors()[0]
+    path = [str(part) for part in first["loc"]]
+    key = ".".join(([prefix] if prefix else []) + path)
+    if first["type"] == "extra_forbidden":
+        owner = cls
+        for part in path[:-1]:  # down to the section that the key was given to
+            annotation = owner.model_fields[part].annotation
+            if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+                owner = annotation
+        return f"unknown key {key!r}{nearest(path[-1], owner.model_fields)}; known: {', '.join(owner.model_fields)}"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        return message  # ours: it names its key
+    if first["type"] == "missing":
+        return f"{key}: a value is needed"
+    return f"{key}: {message[0].lower()}{message[1:]}, got {first['input']!r}"
 
 
 class Registry(Generic[C]):
@@ -84,7 +104,11 @@ class Registry(Generic[C]):
             value = {"name": value}
         if not isinstance(value, dict) or "name" not in value:
             raise FederaError(f"{self.kind}: expected a name or a mapping with 'name', got {value!r}")
-        return self.get(value["name"]).model_validate(value)
+        cls = self.get(value["name"])
+        try:
+            return cls.model_validate(value)
+        except ValidationError as error:
+            raise FederaError(explain(error, cls, self.kind)) from error
 
 
 def load_plugins(plugins: Iterable[str], folder: Path) -> None:

@@ -1,0 +1,118 @@
+"""A run directory: what is in it, and how it survives a crash at any moment.
+
+    config.yaml                    the resolved recipe, written first
+    environment.json               versions, hardware, commit
+    init.safetensors               the round-0 state, kept for ever
+    partition.json, labels.json    who holds what, and the names of the labels
+    checkpoint/state.safetensors   the last finished round
+    metrics.jsonl                  one object a round
+    result.json, report.html       at the end
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from federa.state import load_state, save_state, write_atomically
+from federa.types import FederaError, Record, ServerState, State
+
+
+class RunDirectory:
+    """The files of one run.
+
+    Args:
+        path: of the directory, which may not exist yet.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.init = path / "init.safetensors"
+        self.state = path / "checkpoint" / "state.safetensors"
+        self.metrics = path / "metrics.jsonl"
+        self.result = path / "result.json"
+        self.report = path / "report.html"
+        self.kept = path / "clients"
+
+    @property
+    def started(self) -> bool:
+        """Whether a run has been started here."""
+        return self.config.is_file()
+
+    def require(self) -> None:
+        """Raise unless this is a run directory.
+
+        Raises:
+            FederaError: it is not.
+        """
+        if not self.started:
+            raise FederaError(f"{self.path} is not a run directory (it has no config.yaml)")
+
+    def write_json(self, name: str, content: dict[str, Any]) -> None:
+        """Write one of the JSON files, atomically."""
+        write_atomically(self.path / name, (json.dumps(content, indent=1) + "\n").encode())
+
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """Return the content of one of the JSON files, or None if it is not there."""
+        file = self.path / name
+        if not file.is_file():
+            return None
+        content: dict[str, Any] = json.loads(file.read_text())
+        return content
+
+    def save_init(self, params: State, fingerprint: str) -> None:
+        """Keep the round-0 state and the fingerprint of the base that it belongs to."""
+        save_state(self.init, params, {"fingerprint": fingerprint})
+
+    def save_checkpoint(self, state: ServerState, fingerprint: str) -> None:
+        """Replace the checkpoint: one file, so that params, optimizer and round always belong together."""
+        tensors = {f"params/{name}": t for name, t in state.params.items()}
+        tensors |= {f"opt/{name}": t for name, t in state.opt.items()}
+        save_state(self.state, tensors, {"round": str(state.round), "fingerprint": fingerprint})
+
+    def load_checkpoint(self) -> ServerState:
+        """Return the state after the last finished round.
+
+        Raises:
+            FederaError: there is none, or it is damaged.
+        """
+        tensors, metadata = load_state(self.state)
+        if not metadata.get("round", "").isdigit():
+            raise FederaError(f"{self.state} is not a checkpoint of federa (it names no round)")
+
+        def part(prefix: str) -> dict[str, Any]:
+            return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+        return ServerState(int(metadata["round"]), part("params/"), part("opt/"))
+
+    def append(self, record: Record) -> None:
+        """Add a round's line to the metrics, and see it to the disk."""
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def records(self) -> list[Record]:
+        """Return the metrics of the rounds so far; a line that a crash cut short is left out."""
+        if not self.metrics.is_file():
+            return []
+        lines = self.metrics.read_text(encoding="utf-8").split("\n")[:-1]
+        return [json.loads(line) for line in lines]
+
+    def rewind(self, rounds: int) -> list[Record]:
+        """Drop the metrics after the given number of rounds, and return the rest.
+
+        A line is written before its checkpoint, so a crash between the two leaves one line too many.
+
+        Raises:
+            FederaError: a line of a finished round is missing.
+        """
+        kept = [record for record in self.records() if record["round"] <= rounds]
+        if [record["round"] for record in kept] != list(range(1, rounds + 1)):
+            raise FederaError(f"{self.metrics} does not hold every round up to {rounds}; it was changed by hand")
+        text = "".join(json.dumps(record) + "\n" for record in kept)
+        write_atomically(self.metrics, text.encode())
+        return kept

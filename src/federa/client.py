@@ -1,0 +1,261 @@
+"""THE local loop: from the global state and a client's rows to an update.
+
+The model is a resident tool: its trained tensors are views into one flat buffer, loaded before a job and left
+in any state after it. From outside an update is pure: any order of clients gives the same bits.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from federa.data.batches import Encoded, training_batches
+from federa.seeds import generator, torch_seeded
+from federa.state import trained_parameters
+from federa.tasks.base import Task
+from federa.types import FloatArray, IntArray, Job, State, Update
+
+
+class ClientConfig(BaseModel):
+    """What every client does with a job.
+
+    Attributes:
+        epochs: passes over the client's rows.
+        max_steps: at most so many steps; None for all of the epochs'. With `epochs` large this is "steps".
+        batch_size: examples a step.
+        lr: learning rate at the first round; None means the method's own default.
+        head_lr: of the task head; None means `lr`. The schedule scales both.
+        schedule: of the learning rate over rounds; `linear` and `cosine` end near zero.
+        warmup_rounds: rounds over which the learning rate rises to `lr`.
+        optimizer: AdamW (Loshchilov and Hutter 2019) or SGD; its state starts afresh with every job.
+        momentum: of SGD.
+        weight_decay: on matrices only (no bias, no layer norm); decoupled with AdamW.
+        clip_norm: the largest gradient norm, over all trained tensors; 0 for none.
+        proximal: FedProx's mu (Li et al. 2020): adds mu/2 * |w - w_global|^2 to the loss.
+        dropout: replaces every dropout rate of the model; None keeps the model's own.
+        precision: `bf16` keeps float32 masters of what trains, and computes in bfloat16; `auto` measures.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    epochs: int = Field(default=1, ge=1)
+    max_steps: int | None = Field(default=None, ge=1)
+    batch_size: int = Field(default=16, ge=1)
+    lr: float | None = Field(default=None, gt=0)
+    head_lr: float | None = Field(default=None, gt=0)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_rounds: int = Field(default=0, ge=0)
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    momentum: float = Field(default=0.0, ge=0, lt=1)
+    weight_decay: float = Field(default=0.0, ge=0)
+    clip_norm: float = Field(default=1.0, ge=0)
+    proximal: float = Field(default=0.0, ge=0)
+    dropout: float | None = Field(default=None, ge=0, lt=1)
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+
+
+class FlatParameters:
+    """The trained parameters of a model as views into one flat buffer, with float32 masters.
+
+    Parameters are laid out in four segments: (encoder, head) x (decayed, not decayed), so that an optimizer
+    step is four calls on long vectors whatever the model. With `bf16` the model's views are bfloat16 copies.
+
+    Attributes:
+        names: in the buffer's order.
+        master: `(num_trained,)` float32, what the optimizer changes.
+        segments: for each non-empty segment its slice, whether it belongs to the head, and whether it decays.
+    """
+
+    def __init__(self, model: nn.Module, head: frozenset[str], *, bf16: bool) -> None:
+        named = trained_parameters(model)
+        key = {name: (name in head, p.ndim < 2) for name, p in named.items()}
+        self.names = sorted(named, key=lambda name: key[name])  # stable: the model's order within a segment
+        self.shapes = {name: named[name].shape for name in self.names}
+        sizes = [named[name].numel() for name in self.names]
+        ends = list(itertools.accumulate(sizes))
+        self.slices = {n: slice(e - s, e) for n, s, e in zip(self.names, sizes, ends, strict=True)}
+        device = named[self.names[0]].device
+        if bf16:
+            for parameter in model.parameters():  # parameters only: rotary tables must stay float32
+                parameter.data = parameter.data.bfloat16()
+        self.master = torch.empty(ends[-1], device=device)
+        self.gradient = torch.zeros_like(self.master)
+        self._work = self.master if not bf16 else self.master.bfloat16()
+        self._work_gradient = self.gradient if not bf16 else self.gradient.bfloat16()
+        for name in self.names:
+            named[name].data = self._view(self._work, name)
+            named[name].grad = self._view(self._work_gradient, name)
+        self.segments = []
+        for (is_head, plain), members in itertools.groupby(self.names, key=lambda name: key[name]):
+            group = list(members)
+            span = slice(self.slices[group[0]].start, self.slices[group[-1]].stop)
+            self.segments.append((span, is_head, not plain))
+
+    def _view(self, flat: Tensor, name: str) -> Tensor:
+        return flat[self.slices[name]].view(self.shapes[name])
+
+    def load_(self, *states: State) -> None:
+        """Copy states into the masters and the model."""
+        for state in states:
+            for name, tensor in state.items():
+                self._view(self.master, name).copy_(tensor)
+        self.push_()
+
+    def push_(self) -> None:
+        """Bring the model's views up to date with the masters."""
+        if self._work is not self.master:
+            self._work.copy_(self.master)
+
+    def pull_gradient_(self) -> None:
+        """Bring the float32 gradient up to date with the model's."""
+        if self._work_gradient is not self.gradient:
+            self.gradient.copy_(self._work_gradient)
+
+    def zero_gradient_(self) -> None:
+        """Forget the model's gradients."""
+        self._work_gradient.zero_()
+
+    def read(self, flat: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+        """Return named views of a flat vector like `master`, on the CPU."""
+        flat = flat.cpu()
+        return {name: self._view(flat, name) for name in names}
+
+
+class Trainer:
+    """One resident model that trains any client of a run, and predicts with any state.
+
+    Args:
+        model: prepared by a method.
+        head: names of the head's parameters.
+        local: names of the parameters that clients keep for themselves (a local head), often none.
+        task: gives the outputs that scoring needs.
+        config: the client's part of the recipe, `precision` resolved.
+    """
+
+    def __init__(
+        self, model: nn.Module, head: frozenset[str], local: frozenset[str], task: Task, config: ClientConfig
+    ) -> None:
+        self.model = model
+        self.task = task
+        self.config = config
+        self.flat = FlatParameters(model, head, bf16=config.precision == "bf16")
+        self.device = self.flat.master.device
+        self.shared = [name for name in self.flat.names if name not in local]
+        self.local = [name for name in self.flat.names if name in local]
+
+    def train(
+        self, params: State, data: Encoded, rows: IntArray, job: Job, local: State | None = None
+    ) -> tuple[Update, State]:
+        """Train on a client's rows, from the global parameters.
+
+        Args:
+            params: the global parameters.
+            data: the training set that `rows` belong to.
+            rows: the client's, `(num_examples,)`.
+            job: the client's job; its seed settles batches and dropout.
+            local: what the client kept from its last job.
+
+        Returns:
+            The update, of fresh tensors, and what the client keeps.
+        """
+        began = time.perf_counter()
+        config, flat = self.config, self.flat
+        flat.load_(params, local or {})
+        start = flat.master.clone()
+        optimizer, losses, seen = self._optimizer(job.lr), [], 0
+        self.model.train()
+        with torch_seeded(job.seed):
+            for batch_rows in self._batches(data, rows, job):
+                flat.zero_gradient_()
+                loss = self.model(**data.batch(batch_rows, self.device)).loss
+                loss.backward()
+                flat.pull_gradient_()
+                if config.proximal:
+                    flat.gradient.add_(flat.master - start, alpha=config.proximal)
+                if config.clip_norm:
+                    length = torch.linalg.vector_norm(flat.gradient)
+                    flat.gradient.mul_((config.clip_norm / (length + 1e-6)).clamp(max=1.0))
+                optimizer.step()
+                flat.push_()
+                losses.append(loss.detach())
+                seen += len(batch_rows)
+        delta = flat.master - start
+        kept = {name: t.clone() for name, t in flat.read(flat.master, self.local).items()}
+        metrics = {
+            "loss": float(torch.stack(losses).double().mean()),
+            "steps": float(len(losses)),
+            "examples": float(seen),
+            "seconds_train": time.perf_counter() - began,
+        }
+        return Update(job, flat.read(delta, self.shared), float(len(rows)), metrics), kept
+
+    def _batches(self, data: Encoded, rows: IntArray, job: Job) -> Iterator[IntArray]:
+        config, lengths = self.config, data.lengths()
+        epochs = (
+            training_batches(rows, lengths, config.batch_size, generator(job.seed, "batches", epoch))
+            for epoch in range(config.epochs)
+        )
+        return itertools.islice(itertools.chain.from_iterable(epochs), config.max_steps)
+
+    def _optimizer(self, lr: float) -> torch.optim.Optimizer:
+        """Return a fresh optimizer over the flat segments; the head's rate follows the same schedule."""
+        config, flat = self.config, self.flat
+        head_lr = lr
+        if config.head_lr is not None and config.lr is not None:
+            head_lr = config.head_lr * lr / config.lr
+        groups = []
+        for span, is_head, decays in flat.segments:
+            vector = flat.master[span]
+            vector.grad = flat.gradient[span]
+            decay = config.weight_decay if decays else 0.0
+            groups.append({"params": [vector], "lr": head_lr if is_head else lr, "weight_decay": decay})
+        if config.optimizer == "sgd":
+            return torch.optim.SGD(groups, momentum=config.momentum)
+        return torch.optim.AdamW(groups, fused=True)
+
+    @torch.inference_mode()
+    def predict(
+        self, params: State, data: Encoded, batches: Sequence[IntArray], local: State | None = None
+    ) -> Iterator[list[FloatArray]]:
+        """Yield the outputs of each batch, one float32 array an example."""
+        self.flat.load_(params, local or {})
+        self.model.eval()
+        for rows in batches:
+            out = self.task.outputs(self.model(**data.batch(rows, self.device, labels=False)))
+            yield list(out.float().cpu().numpy())
+
+
+def measured_precision(device: torch.device) -> Literal["fp32", "bf16"]:
+    """Return the faster precision, by timing a matrix product of a small encoder's shape in both.
+
+    bfloat16 must win by half: with a narrow lead its rounding buys nothing. The choice is written into the
+    resolved recipe, so a resumed run keeps it.
+    """
+
+    def seconds(dtype: torch.dtype) -> float:
+        a, b = (torch.randn(shape, device=device).to(dtype) for shape in ((2048, 768), (768, 768)))
+        times = []
+        for _ in range(7):
+            began = time.perf_counter()
+            (a @ b).sum().item()
+            times.append(time.perf_counter() - began)
+        return float(np.median(times))
+
+    return "bf16" if seconds(torch.bfloat16) * 1.5 < seconds(torch.float32) else "fp32"
+
+
+def scheduled_lr(config: ClientConfig, round_number: int, rounds: int) -> float:
+    """Return the learning rate of a round, counted from 1."""
+    assert config.lr is not None, "a resolved recipe has a learning rate"
+    if round_number <= config.warmup_rounds:
+        return config.lr * round_number / (config.warmup_rounds + 1)
+    if config.schedule == "constant":
+        return config.lr
+    done = (round_number - 1 - config.warmup_rounds) / max(1, rounds - config.warmup_rounds)
+    return config.lr * (1 - done if config.schedule == "linear" else 0.5 * (1 + float(np.cos(np.pi * done))))

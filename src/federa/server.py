@@ -1,0 +1,121 @@
+"""The server's part of a round: draw the cohort, check every update, aggregate what counts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from federa.client import scheduled_lr
+from federa.seeds import generator, seed_for
+from federa.state import norm
+from federa.types import Job, RoundFailedError, ServerState, State, Update
+
+if TYPE_CHECKING:
+    from federa.config import RunConfig
+
+OK = "ok"
+
+
+def make_jobs(config: RunConfig, round_number: int, sizes: Sequence[int]) -> list[Job]:
+    """Return the jobs of a round: a cohort that (seed, round) settles, the largest clients first.
+
+    Largest first, because that is the order that keeps several workers busy to the end; it is also the order
+    in which updates are summed, so that every engine adds the same numbers in the same order.
+
+    Args:
+        config: the recipe.
+        round_number: counted from 1.
+        sizes: the number of examples of every client.
+    """
+    drawn = generator(config.seed, "cohort", round_number).choice(len(sizes), config.cohort, replace=False)
+    lr = scheduled_lr(config.client, round_number, config.rounds)
+    return [
+        Job(round_number, client, seed_for(config.seed, "client", round_number, client), lr)
+        for client in sorted((int(c) for c in drawn), key=lambda c: (-sizes[c], c))
+    ]
+
+
+def verdict(update: Update, params: State, max_norm: float) -> str:
+    """Return `ok`, or why an update must not count.
+
+    The checks stand in the order in which a wrong update would do harm: a key, shape or type that does not
+    fit, a weight that is no weight, numbers that are none, and a step too long to be honest training.
+    """
+    if set(update.delta) != set(params):
+        strange = sorted(set(update.delta) ^ set(params))[0]
+        return f"wrong keys ({strange!r} is {'missing' if strange in params else 'unknown'})"
+    for name, tensor in update.delta.items():
+        if tensor.shape != params[name].shape:
+            return f"wrong shape ({name!r}: {tuple(tensor.shape)}, expected {tuple(params[name].shape)})"
+        if tensor.dtype != torch.float32:
+            return f"wrong dtype ({name!r}: {tensor.dtype}, expected torch.float32)"
+    if not (math.isfinite(update.weight) and update.weight > 0):
+        return f"weight {update.weight} is not a positive number"
+    length = norm(update.delta)
+    if not math.isfinite(length):
+        return "not finite (NaN or Inf in the update)"
+    if length > max_norm:
+        return f"norm {length:.3g} exceeds max_update_norm {max_norm:g}"
+    return OK
+
+
+@dataclass(slots=True)
+class RoundSummary:
+    """What a round's updates said, besides their deltas.
+
+    Attributes:
+        verdicts: `ok` or a reason, by client.
+        examples: trained on, by the updates that counted.
+        loss: mean over those updates, weighed by their examples.
+        seconds_train: summed over all clients.
+    """
+
+    verdicts: dict[int, str] = field(default_factory=dict)
+    examples: int = 0
+    loss: float = math.nan
+    seconds_train: float = 0.0
+
+    @property
+    def accepted(self) -> int:
+        """The number of updates that counted."""
+        return sum(v == OK for v in self.verdicts.values())
+
+
+def finish_round(
+    config: RunConfig, state: ServerState, jobs: Sequence[Job], updates: Iterable[Update]
+) -> tuple[ServerState, RoundSummary]:
+    """Check and sum updates as they come, and return the next state.
+
+    No update is kept once it is summed (the robust aggregators apart, which need the whole cohort).
+
+    Raises:
+        RoundFailedError: fewer than `min_success` of the cohort counted; `state` is untouched.
+    """
+    summary = RoundSummary()
+    accumulator = config.aggregator.init(state.params)
+    loss_sum = weight_sum = 0.0
+    for update in updates:
+        summary.seconds_train += update.metrics.get("seconds_train", 0.0)
+        client = update.job.client_id
+        summary.verdicts[client] = verdict(update, state.params, config.max_update_norm)
+        if summary.verdicts[client] != OK:
+            continue
+        accumulator = config.aggregator.accumulate(accumulator, update)
+        summary.examples += int(update.metrics.get("examples", update.weight))
+        loss_sum += update.weight * update.metrics.get("loss", math.nan)
+        weight_sum += update.weight
+    needed = max(1, math.ceil(config.min_success * len(jobs)))
+    if summary.accepted < needed:
+        reasons = sorted({v for v in summary.verdicts.values() if v != OK}) or ["no update came"]
+        raise RoundFailedError(
+            f"round {state.round + 1}: {summary.accepted} of {len(jobs)} updates counted, min_success asks for "
+            f"{needed}; {reasons[0]}. The last good state is kept"
+        )
+    summary.loss = loss_sum / weight_sum
+    delta = config.aggregator.finish(accumulator)
+    params, opt = config.server_optimizer.step(state.params, delta, state.opt)
+    return ServerState(state.round + 1, params, opt), summary
