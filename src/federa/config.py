@@ -134,10 +134,20 @@ def parse_config(raw: dict[str, Any], folder: Path | None = None) -> RunConfig:
     folder = folder or Path.cwd()
     absolute = [str((folder / p).resolve()) if p.endswith(".py") else p for p in plugins]
     load_plugins(absolute, folder)
+    raw = {key: _with_name(key, value) for key, value in raw.items()}
+    if plugins:
+        raw["plugins"] = absolute
     try:
-        return RunConfig.model_validate({**raw, "plugins": absolute} if plugins else raw)
+        return RunConfig.model_validate(raw)
     except ValidationError as error:
         raise FederaError(explain(error, RunConfig)) from error
+
+
+def _with_name(key: str, value: Any) -> Any:
+    """Return a component's section with the default component's name, where it gives none."""
+    if key in REGISTRIES and isinstance(value, dict) and "name" not in value:
+        return {"name": RunConfig.model_fields[key].default, **value}
+    return value
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

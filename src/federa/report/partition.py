@@ -101,7 +101,7 @@ def _dots(figure: Figure, axes: Axes, table: Floats) -> None:
     cell = 72 * min(8.0 / max(len(table), 1), _row_height(table.shape[1]))
     most = float(values.max()) if values.size else 1.0
     area = np.pi / 4 * (cell * 1.1) ** 2 * values / most
-    axes.scatter(clients, groups, s=area, color=LIGHT["s0"], alpha=0.85, linewidths=0)
+    axes.scatter(clients, groups, s=area, color=LIGHT["heat"], alpha=0.9, linewidths=0)
     axes.grid(visible=True, axis="both")
     axes.set_ylim(table.shape[1] - 0.4, -0.6)
 
@@ -109,10 +109,10 @@ def _dots(figure: Figure, axes: Axes, table: Floats) -> None:
 def _heat(figure: Figure, axes: Axes, table: Floats) -> None:
     """Shade each client's column by its shares; shades are opacities, so they suit a dark page too."""
     shade = np.linspace(0, 1, _SHADES)
-    colours = np.column_stack([np.tile(to_rgb(LIGHT["s0"]), (_SHADES, 1)), shade])
+    colours = np.column_stack([np.tile(to_rgb(LIGHT["heat"]), (_SHADES, 1)), shade])
     scale = ScalarMappable(Normalize(0, 1), ListedColormap(colours.tolist()))
     image = np.empty((table.shape[1], table.shape[0], 4))
-    image[..., :3] = to_rgb(LIGHT["s0"])
+    image[..., :3] = to_rgb(LIGHT["heat"])
     image[..., 3] = _shares(table).T
     axes.imshow(image, aspect="auto", interpolation="none")
     axes.grid(visible=False)
