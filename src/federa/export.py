@@ -23,6 +23,7 @@ from federa.seeds import seed_for
 from federa.state import load_state
 from federa.types import FederaError, State
 
+FORMATS: tuple[ExportFormat, ...] = ("peft", "merged", "federa")
 _FOLDER_FILES = ("config.yaml", "labels.json", "init.safetensors", "checkpoint/state.safetensors")
 
 

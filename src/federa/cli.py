@@ -1,0 +1,269 @@
+"""The command line: a thin edge over the Python API."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+from federa.types import FederaError, RoundFailedError
+
+if TYPE_CHECKING:
+    from federa.config import RunConfig
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Federated fine-tuning of pretrained language models.",
+)
+
+OutOption = Annotated[Optional[Path], typer.Option("--out", help="The run directory to write.")]  # noqa: UP045
+
+
+def main() -> None:
+    """Run the command line; a mistake of the user's is one line on stderr and exit status 2."""
+    try:
+        app()
+    except FederaError as error:
+        print(f"federa: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except RoundFailedError as error:
+        print(f"federa: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except BrokenPipeError:
+        raise SystemExit(1) from None
+
+
+def _split(arguments: list[str]) -> tuple[Path | None, list[str]]:
+    """Return the recipe (an argument without an equals sign) and the overrides."""
+    recipes = [a for a in arguments if "=" not in a]
+    if len(recipes) > 1:
+        raise FederaError(f"one recipe at a time, got {', '.join(recipes)}; overrides are key=value")
+    return (Path(recipes[0]) if recipes else None), [a for a in arguments if "=" in a]
+
+
+def _free_folder(config: RunConfig) -> Path:
+    """Return a directory under runs/ that is not there yet."""
+    base = f"{config.method.name}-{Path(config.data.train).stem}-seed{config.seed}"
+    folder, count = Path("runs") / base, 1
+    while folder.exists():
+        count += 1
+        folder = Path("runs") / f"{base}-{count}"
+    return folder
+
+
+@app.command()
+def run(
+    arguments: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(metavar="[RECIPE.yaml] [KEY=VALUE ...]", help="None: the embedded default."),
+    ] = None,
+    out: OutOption = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --out.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done; write nothing.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but mistakes.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a round, then the result.")] = False,
+) -> None:
+    """Run a recipe: fine-tune a model across clients, from the start or from a checkpoint."""
+    from federa import progress
+    from federa.config import load_config
+    from federa.run import Observer
+    from federa.run import run as start
+
+    recipe, overrides = _split(arguments or [])
+    if resume and out is None:
+        raise FederaError("--resume: say which run with --out DIR")
+    config = None if resume and recipe is None and not overrides else load_config(recipe, overrides)
+    if dry_run:
+        assert config is not None or resume
+        _show_plan(config or load_config(), as_json=as_json)
+        return
+    folder = out or _free_folder(config or load_config())
+    console = progress.console()
+    bar = progress.Bar(console)
+    observer = Observer() if quiet else progress.JsonLines() if as_json else bar
+    try:
+        result = start(config, folder, resume=resume, observer=observer)
+    except KeyboardInterrupt:
+        bar.close()
+        print(f"federa: interrupted; go on with: federa run --resume --out {folder}", file=sys.stderr)
+        raise SystemExit(130) from None
+    finally:
+        bar.close()
+    if as_json:
+        print(json.dumps({"result": result.summary, "folder": str(folder)}))
+    elif not quiet:
+        console.print(progress.result_table(result))
+        console.print(f"run directory: {folder} (open {folder / 'report.html'})", highlight=False)
+
+
+def _show_plan(config: RunConfig, *, as_json: bool) -> None:
+    from federa import progress
+    from federa.plan import make_plan
+    from federa.run import partition_summary
+
+    plan = make_plan(config)
+    experiment, config = plan.experiment, plan.experiment.config
+    held = partition_summary(experiment)
+    if as_json:
+        expected = {"seconds": plan.seconds, "bytes": plan.bytes_round * config.rounds, **experiment.sizes}
+        print(json.dumps({"config": config.model_dump(mode="json"), "partition": held, "expected": expected}))
+        return
+    console = progress.console()
+    console.print(config.to_yaml().rstrip(), highlight=False)
+    console.print()
+    console.print(progress.partition_table(held["client_sizes"], held["groups"], held["counts"]))
+    sizes = experiment.sizes
+    share = sizes["trainable_parameters"] / sizes["total_parameters"]
+    console.print(f"\ntrained parameters: {sizes['trainable_parameters']:,} of {sizes['total_parameters']:,} ({share:.2%})")
+    total = progress.readable_bytes(plan.bytes_round * config.rounds)
+    console.print(f"bytes expected: {progress.readable_bytes(plan.bytes_round)} a round, {total} in all")
+    console.print(f"time expected: {progress.readable_seconds(plan.seconds)} on one worker; nothing was written")
+
+
+@app.command()
+def compare(
+    arguments: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(metavar="[RECIPE.yaml] [KEY=VALUE ...]", help="What the cells have in common."),
+    ] = None,
+    methods: Annotated[str, typer.Option(help="Methods, with commas.")] = "federa,lora,adapter,bitfit,ft",
+    seeds: Annotated[str, typer.Option(help="Seeds, with commas.")] = "0,1,2",
+    lrs: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option("--lrs", help="METHOD=LR,LR,...: tune it among these on held-out training rows."),
+    ] = None,
+    tune_rounds: Annotated[Optional[int], typer.Option(help="Rounds of a tuning run.")] = None,  # noqa: UP045
+    out: OutOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the cells; run nothing.")] = False,
+) -> None:
+    """Run methods x seeds on one recipe, same partitions and cohorts; finished cells are not run again."""
+    from federa import progress
+    from federa.compare import Comparison, compare_methods
+    from federa.config import load_config
+
+    recipe, overrides = _split(arguments or [])
+    config = load_config(recipe, overrides)
+    comparison = Comparison.parse(config, methods, seeds, lrs or [], tune_rounds)
+    console = progress.console()
+    if dry_run:
+        for line in comparison.describe():
+            console.print(line, highlight=False)
+        return
+    folder = out or Path("runs") / "compare"
+    table = compare_methods(comparison, folder, lambda line: console.print(line, highlight=False))
+    console.print(table)
+    console.print(f"written: {folder}/cells.csv, table.md, table.tex, report.html", highlight=False)
+
+
+@app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Run directories.")],
+    to: Annotated[Optional[Path], typer.Option(help="The page to write.")] = None,  # noqa: UP045
+) -> None:
+    """Write report.html for a run, or one page for several side by side."""
+    from federa.report import write_report
+
+    target = to or (folders[0] / "report.html" if len(folders) == 1 else Path("report.html"))
+    print(write_report(folders, target))
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run directory.")],
+    to: Annotated[Path, typer.Option(help="The folder to write.")],
+    format_: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--format", help="peft, merged or federa; default: the method's own."),
+    ] = None,
+) -> None:
+    """Write a run's model as a PEFT adapter, a plain checkpoint, or a folder for federa.load."""
+    from federa.export import FORMATS
+    from federa.export import export as write
+
+    if format_ is not None and format_ not in FORMATS:
+        raise FederaError(f"--format {format_}: expected one of {', '.join(FORMATS)}")
+    print(write(folder, to, format_))  # type: ignore[arg-type]
+
+
+@app.command()
+def predict(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run directory, or a folder that export wrote.")],
+    file: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Argument(help="Texts: one a line, or a table (.csv, .jsonl, .parquet); default: standard input."),
+    ] = None,
+    column: Annotated[str, typer.Option(help="The text column of a table.")] = "text",
+) -> None:
+    """Label texts with a trained model: one JSON object a line."""
+    from federa.export import load
+
+    texts = list(_texts(file, column))
+    model = load(folder)
+    for text, (label, probability) in zip(texts, model.predict(texts), strict=True):
+        print(json.dumps({"label": label, "probability": round(probability, 6), "text": text}, ensure_ascii=False))
+
+
+def _texts(file: Path | None, column: str) -> Iterator[str]:
+    from federa.data.datasets import read_table
+
+    if file is not None and file.suffix.lower() in (".csv", ".tsv", ".jsonl", ".json", ".parquet"):
+        table = read_table(str(file), "predict")
+        if column not in table.column_names:
+            raise FederaError(f"{file} has no column {column!r}; it has {', '.join(table.column_names)}")
+        yield from (str(text) for text in table[column])
+        return
+    if file is not None and not file.is_file():
+        raise FederaError(f"{file} does not exist")
+    lines = file.read_text(encoding="utf-8").splitlines() if file is not None else sys.stdin.read().splitlines()
+    yield from (line for line in lines if line.strip())
+
+
+@app.command()
+def init(
+    to: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="The recipe to write.")] = Path("recipe.yaml"),
+    train: Annotated[Optional[str], typer.Option(help="Your training file.")] = None,  # noqa: UP045
+    test: Annotated[Optional[str], typer.Option(help="Your test file.")] = None,  # noqa: UP045
+    text_column: Annotated[Optional[str], typer.Option(help="Its text column.")] = None,  # noqa: UP045
+    label_column: Annotated[Optional[str], typer.Option(help="Its label column.")] = None,  # noqa: UP045
+    model: Annotated[str, typer.Option(help="A model folder or hub name.")] = "minilm",
+    clients: Annotated[int, typer.Option(help="Clients of the simulated federation.")] = 20,
+) -> None:
+    """Write a commented recipe for your own data."""
+    from federa.starter import write_recipe
+
+    if train is None:
+        raise FederaError("say which data with --train FILE (.csv, .tsv, .jsonl or .parquet)")
+    write_recipe(
+        to, train=train, test=test, text_column=text_column, label_column=label_column, model=model, clients=clients
+    )
+    print(f"{to} written; look with: federa run {to} --dry-run")
+
+
+@app.command("list")
+def list_() -> None:
+    """List every method, task, partition, aggregator, server optimizer and engine, with its keys."""
+    from federa.config import REGISTRIES
+
+    for kind, registry in REGISTRIES.items():
+        print(f"{kind}:")
+        for name in registry.names():
+            cls = registry.get(name)
+            first = (cls.__doc__ or "").strip().split("\n")[0]
+            fields = [
+                f"{key}={field.default!r}" if not field.is_required() else key
+                for key, field in cls.model_fields.items()
+                if key != "name"
+            ]
+            print(f"  {name:14} {first}")
+            if fields:
+                print(f"  {'':14} {', '.join(fields)}")
+
+
+if __name__ == "__main__":
+    main()
