@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -42,6 +44,21 @@ class Engine(Component, ABC):
     @abstractmethod
     def open(self, experiment: Experiment) -> AbstractContextManager[Session]:
         """Start the engine, and stop it (its processes too) at the end of the block."""
+
+
+def keep_freed_memory() -> None:
+    """Ask glibc to keep the memory of a training step for the next one.
+
+    By default it hands large blocks back to the kernel, which then clears and maps them anew, page by page: a
+    fifth of a small encoder's step on a CPU. Elsewhere than on glibc this does nothing.
+    """
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        trim_threshold, mmap_threshold = -1, -3  # malloc.h: M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+        mallopt(mmap_threshold, 1 << 30)
+        mallopt(trim_threshold, (1 << 31) - 1)
 
 
 def available_cores() -> int:

@@ -27,7 +27,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from federa.engines.base import ENGINES, Engine, Session, available_cores, share_cores
+from federa.engines.base import ENGINES, Engine, Session, available_cores, keep_freed_memory, share_cores
 from federa.types import FederaError, FloatArray, IntArray, Job, State, Update
 
 if TYPE_CHECKING:
@@ -250,6 +250,7 @@ class Processes(Engine):
             raise FederaError("engine.name=processes runs on the CPU; use device=cpu or engine.name=serial")
         if "fork" not in multiprocessing.get_all_start_methods():
             raise FederaError("engine.name=processes needs an operating system with fork; use serial")
+        keep_freed_memory()  # the workers inherit it
         session = ProcessesSession(experiment, workers, threads)
         try:
             yield session

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from federa.engines.base import ENGINES, Engine, Session, share_cores
+from federa.engines.base import ENGINES, Engine, Session, keep_freed_memory, share_cores
 from federa.types import FloatArray, IntArray, Job, State, Update
 
 if TYPE_CHECKING:
@@ -43,4 +43,5 @@ class Serial(Engine):
     def open(self, experiment: Experiment) -> Iterator[Session]:
         """Set the number of threads; it stays when the block ends."""
         torch.set_num_threads(share_cores(1, self.threads))
+        keep_freed_memory()
         yield SerialSession(experiment)
