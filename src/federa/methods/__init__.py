@@ -6,5 +6,6 @@ from federa.methods.bitfit import BitFit
 from federa.methods.federa import FeDeRA
 from federa.methods.ft import FullFineTuning
 from federa.methods.lora import LoRA
+from federa.methods.probe import Probe
 
-__all__ = ["METHODS", "Adapter", "BitFit", "FeDeRA", "FullFineTuning", "LoRA", "Method", "Setup"]
+__all__ = ["METHODS", "Adapter", "BitFit", "FeDeRA", "FullFineTuning", "LoRA", "Method", "Probe", "Setup"]
