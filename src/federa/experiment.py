@@ -17,6 +17,7 @@ from federa.config import RunConfig
 from federa.data.batches import Encoded, evaluation_batches
 from federa.data.datasets import read_splits
 from federa.data.partition import group_counts, partition_examples
+from federa.fast_cpu import speed_up
 from federa.methods import Setup
 from federa.models import Pretrained, load_pretrained, pick_device
 from federa.seeds import generator, seed_for
@@ -214,6 +215,8 @@ def build_experiment(config: RunConfig, init: State | None = None, kept: Path | 
         "head_parameters": num_parameters(p for n, p in loaded.model.named_parameters() if n in loaded.head),
     }
     model = loaded.model.to(device)
+    if device.type == "cpu":
+        speed_up(model)
     names = config.task.group_names(labels)
     return Experiment(
         config=config,

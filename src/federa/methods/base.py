@@ -91,16 +91,19 @@ class Method(Component, ABC):
         if not trained:
             raise FederaError(f"method {self.name!r} finds nothing to train in this model")
         if setup.init is not None:
-            _copy_init_(trained, setup.init)
+            _copy_init_(trained, setup.init, optional=setup.head if self.head == "local" else frozenset())
         self.start(model, setup)
         return snapshot(trained)
 
 
-def _copy_init_(trained: dict[str, nn.Parameter], init: State) -> None:
-    """Copy a round-0 state into the model; a local head may be absent from it."""
+def _copy_init_(trained: dict[str, nn.Parameter], init: State, optional: frozenset[str]) -> None:
+    """Copy a round-0 state into the model; only what is optional (a local head) may be absent from it."""
     unknown = sorted(set(init) - set(trained))
     if unknown:
         raise FederaError(f"the initial state has {unknown[0]!r}, which this method does not train")
+    absent = sorted(set(trained) - set(init) - optional)
+    if absent:
+        raise FederaError(f"the initial state lacks {absent[0]!r}, which this method trains")
     with torch.no_grad():
         for name, tensor in init.items():
             if tensor.shape != trained[name].shape:

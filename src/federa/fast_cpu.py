@@ -1,0 +1,148 @@
+"""Dropout and attention that cost a CPU little, with the statistics of the originals.
+
+A mask drawn as torch draws it costs one call of a serial generator for every element, which makes dropout the
+largest part of a small encoder's step. Here one 64-bit draw serves four elements, and masks are applied to the
+bits of the numbers. The attention is transformers' eager one as a single differentiable function: it scales and
+masks inside the product, and keeps what its backward pass needs and nothing else.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.masking_utils import AttentionMaskInterface, eager_mask
+
+ATTENTION = "federa_cpu"
+_STEPS = 1 << 15  # a rate is met to 1 / 65536; the scale is that of the rate that is met, so means are exact
+_LANES = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
+
+
+def draw_mask(shape: torch.Size, rate: float) -> tuple[Tensor, float]:
+    """Return a dropout mask, int16: all bits set where an element is kept, none where it is dropped.
+
+    Args:
+        shape: of the mask.
+        rate: the probability that an element is dropped, 0 <= rate < 1.
+
+    Returns:
+        The mask, and the scale that keeps the mean.
+    """
+    kept = max(1, round((1 - rate) * _STEPS))
+    count = shape.numel()
+    draws = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+    mask = draws.view(torch.int16)[:count].view(shape)
+    # 15 random bits, minus the number of outcomes that keep, are negative for exactly those: spread the sign.
+    mask.bitwise_and_(_STEPS - 1).sub_(kept).bitwise_right_shift_(15)
+    return mask, _STEPS / kept
+
+
+def apply_mask(x: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """Return `x * scale` where the mask keeps, else zero; x is float32, float16 or bfloat16."""
+    lanes = _LANES[x.dtype]
+    bits = mask if lanes is torch.int16 else mask.to(lanes)
+    return x.contiguous().view(lanes).bitwise_and(bits).view(x.dtype).mul_(scale)
+
+
+class _Dropout(torch.autograd.Function):
+    """Dropout of a tensor of any shape."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rate: float) -> Tensor:
+        mask, ctx.scale = draw_mask(x.shape, rate)
+        ctx.save_for_backward(mask)
+        return apply_mask(x, mask, ctx.scale)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (mask,) = ctx.saved_tensors
+        return apply_mask(grads[0], mask, ctx.scale), None
+
+
+class FastDropout(nn.Dropout):
+    """A drop-in for `nn.Dropout` on a CPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x with each element dropped at the rate `p` in training, and unchanged otherwise."""
+        if not self.training or self.p == 0:
+            return x
+        out: Tensor = _Dropout.apply(x, self.p)
+        return out
+
+
+class _Attention(torch.autograd.Function):
+    """softmax(Q K^T + mask), dropped out, times V; Q is scaled already.
+
+    Q, K, V are `(batch * heads, length, width)`, the additive mask `(batch, 1 or heads, 1 or length, length)`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rate: float) -> Tensor:
+        scores = torch.bmm(q, k.transpose(1, 2))
+        if mask is not None:
+            scores.view(mask.shape[0], -1, *scores.shape[1:]).add_(mask)
+        weights = torch.softmax(scores, dim=-1)
+        kept, ctx.drop_scale = (None, 1.0) if rate == 0 else draw_mask(weights.shape, rate)
+        dropped = weights if kept is None else apply_mask(weights, kept, ctx.drop_scale)
+        ctx.save_for_backward(q, k, v, weights, kept)
+        return torch.bmm(dropped, v)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, weights, kept = ctx.saved_tensors
+        grad = grads[0]
+        d_weights = torch.bmm(grad, v.transpose(1, 2))
+        dropped = weights
+        if kept is not None:
+            dropped = apply_mask(weights, kept, ctx.drop_scale)
+            d_weights = apply_mask(d_weights, kept, ctx.drop_scale)
+        d_v = torch.bmm(dropped.transpose(1, 2), grad)
+        d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
+        return torch.bmm(d_scores, k), torch.bmm(d_scores.transpose(1, 2), q), d_v, None, None
+
+
+def cpu_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attend, in the form that transformers' `AttentionInterface` calls.
+
+    Args:
+        module: the calling layer.
+        query: `(batch, heads, length, width)`; key and value likewise.
+        key: see query.
+        value: see query.
+        attention_mask: additive, `(batch, 1, length, length)` or something that broadcasts to it, or None.
+        scaling: of the scores; None for `width ** -0.5`.
+        dropout: the rate for the attention weights.
+
+    Returns:
+        `(batch, length, heads, width)`, and no weights.
+    """
+    batch, heads, length, width = query.shape
+    flat = (batch * heads, length, width)
+    scaled = query * (width**-0.5 if scaling is None else scaling)
+    rate = dropout if module.training else 0.0
+    out: Tensor = _Attention.apply(
+        scaled.reshape(flat), key.reshape(flat), value.reshape(flat), attention_mask, rate
+    )
+    return out.view(batch, heads, length, width).transpose(1, 2), None
+
+
+def speed_up(model: Any) -> None:
+    """Give a transformers model the fast dropout, and the fast attention where its family takes one, in place."""
+    for module in model.modules():
+        if type(module) is nn.Dropout:
+            module.__class__ = FastDropout
+    if getattr(model, "_supports_attention_backend", False):
+        transformers.AttentionInterface.register(ATTENTION, cpu_attention)
+        AttentionMaskInterface.register(ATTENTION, eager_mask)
+        model.set_attn_implementation(ATTENTION)

@@ -1,0 +1,46 @@
+"""What the tests of methods share: small pretrained classifiers, a batch with padding, and an exact comparison."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from federa.methods import Setup
+from federa.models import ModelConfig, Pretrained, load_pretrained
+
+LABELS = ("food", "sport", "tech")
+
+
+@pytest.fixture()
+def load(encoder: Callable[[str], Path]) -> Callable[..., Pretrained]:
+    """Return a function from a family's name to its small checkpoint, loaded afresh with a seeded head."""
+
+    def get(family: str = "bert", seed: int = 1, **settings) -> Pretrained:
+        config = ModelConfig(name=str(encoder(family)))
+        loaded = load_pretrained(config, "AutoModelForSequenceClassification", LABELS, seed=seed, **settings)
+        loaded.model.eval()
+        return loaded
+
+    return get
+
+
+@pytest.fixture()
+def setup_for() -> Callable[..., Setup]:
+    """Return a function from a loaded checkpoint to the setup of a run that starts with it."""
+
+    def get(loaded: Pretrained, seed: int = 5, **fields) -> Setup:
+        return Setup(head=loaded.head, seed=seed, base=loaded.fingerprint, **fields)
+
+    return get
+
+
+@pytest.fixture()
+def batch() -> dict[str, torch.Tensor]:
+    """Four rows of 2 to 12 tokens, padded."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.tensor([12, 5, 2, 9])
+    mask = (torch.arange(12)[None, :] < lengths[:, None]).long()
+    ids = torch.randint(5, 40, (4, 12), generator=generator) * mask
+    labels = torch.tensor([0, 1, 2, 1])
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
