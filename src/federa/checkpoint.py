@@ -42,6 +42,13 @@ class RunDirectory:
         """Whether a run has been started here."""
         return self.config.is_file()
 
+    @property
+    def free(self) -> bool:
+        """Whether a run may start here: nothing is there, but for what a crash in the first write may leave."""
+        if not self.path.exists():
+            return True
+        return self.path.is_dir() and all(f.name.endswith(".partial") for f in self.path.iterdir())
+
     def require(self) -> None:
         """Raise unless this is a run directory.
 
@@ -67,11 +74,11 @@ class RunDirectory:
         """Keep the round-0 state and the fingerprint of the base that it belongs to."""
         save_state(self.init, params, {"fingerprint": fingerprint})
 
-    def save_checkpoint(self, state: ServerState, fingerprint: str) -> None:
+    def save_checkpoint(self, state: ServerState) -> None:
         """Replace the checkpoint: one file, so that params, optimizer and round always belong together."""
         tensors = {f"params/{name}": t for name, t in state.params.items()}
         tensors |= {f"opt/{name}": t for name, t in state.opt.items()}
-        save_state(self.state, tensors, {"round": str(state.round), "fingerprint": fingerprint})
+        save_state(self.state, tensors, {"round": str(state.round)})  # of two keys the order would be random
 
     def load_checkpoint(self) -> ServerState:
         """Return the state after the last finished round.
@@ -96,11 +103,18 @@ class RunDirectory:
             os.fsync(file.fileno())
 
     def records(self) -> list[Record]:
-        """Return the metrics of the rounds so far; a line that a crash cut short is left out."""
+        """Return the metrics of the rounds so far; a line that a crash cut short is left out.
+
+        Raises:
+            FederaError: a whole line that is not JSON.
+        """
         if not self.metrics.is_file():
             return []
         lines = self.metrics.read_text(encoding="utf-8").split("\n")[:-1]
-        return [json.loads(line) for line in lines]
+        try:
+            return [json.loads(line) for line in lines]
+        except json.JSONDecodeError as error:
+            raise FederaError(f"{self.metrics} holds a line that is not JSON; it was changed by hand") from error
 
     def rewind(self, rounds: int) -> list[Record]:
         """Drop the metrics after the given number of rounds, and return the rest.

@@ -49,7 +49,7 @@ class ClientConfig(BaseModel):
     batch_size: int = Field(default=16, ge=1)
     lr: float | None = Field(default=None, gt=0)
     head_lr: float | None = Field(default=None, gt=0)
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
     warmup_rounds: int = Field(default=0, ge=0)
     optimizer: Literal["adamw", "sgd"] = "adamw"
     momentum: float = Field(default=0.0, ge=0, lt=1)

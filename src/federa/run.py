@@ -236,7 +236,7 @@ def _rounds(loop: _Loop, state: ServerState) -> ServerState:
             loop.records.append(record)
             if loop.folder is not None:
                 loop.folder.append(record)
-                loop.folder.save_checkpoint(state, experiment.fingerprint)
+                loop.folder.save_checkpoint(state)
             for tracker in trackers:
                 tracker.log(record)
             loop.observer.finished_round(record)

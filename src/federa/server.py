@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -40,27 +40,34 @@ def make_jobs(config: RunConfig, round_number: int, sizes: Sequence[int]) -> lis
 
 
 def verdict(update: Update, params: State, max_norm: float) -> str:
-    """Return `ok`, or why an update must not count.
+    """Return `ok`, or the first reason why an update must not count."""
+    return next(_faults(update, params, max_norm), OK)
 
-    The checks stand in the order in which a wrong update would do harm: a key, shape or type that does not
-    fit, a weight that is no weight, numbers that are none, and a step too long to be honest training.
+
+def _faults(update: Update, params: State, max_norm: float) -> Iterator[str]:
+    """Yield what is wrong with an update; a check may rely on those before it having found nothing.
+
+    A key, shape or type that does not fit, a weight that is no weight, numbers that are none, and a step too
+    long to be honest training.
     """
     if set(update.delta) != set(params):
         strange = sorted(set(update.delta) ^ set(params))[0]
-        return f"wrong keys ({strange!r} is {'missing' if strange in params else 'unknown'})"
+        yield f"wrong keys ({strange!r} is {'missing' if strange in params else 'unknown'})"
     for name, tensor in update.delta.items():
         if tensor.shape != params[name].shape:
-            return f"wrong shape ({name!r}: {tuple(tensor.shape)}, expected {tuple(params[name].shape)})"
+            yield f"wrong shape ({name!r}: {tuple(tensor.shape)}, expected {tuple(params[name].shape)})"
         if tensor.dtype != torch.float32:
-            return f"wrong dtype ({name!r}: {tensor.dtype}, expected torch.float32)"
+            yield f"wrong dtype ({name!r}: {tensor.dtype}, expected torch.float32)"
     if not (math.isfinite(update.weight) and update.weight > 0):
-        return f"weight {update.weight} is not a positive number"
+        yield f"weight {update.weight} is not a positive number"
+    for name, value in update.metrics.items():
+        if not math.isfinite(value):
+            yield f"metric {name!r} is {value}, not a number"
     length = norm(update.delta)
     if not math.isfinite(length):
-        return "not finite (NaN or Inf in the update)"
-    if length > max_norm:
-        return f"norm {length:.3g} exceeds max_update_norm {max_norm:g}"
-    return OK
+        yield "not finite (NaN or Inf in the update)"
+    elif length > max_norm:
+        yield f"norm {length:.3g} exceeds max_update_norm {max_norm:g}"
 
 
 @dataclass(slots=True)
@@ -99,9 +106,10 @@ def finish_round(
     accumulator = config.aggregator.init(state.params)
     loss_sum = weight_sum = 0.0
     for update in updates:
-        summary.seconds_train += update.metrics.get("seconds_train", 0.0)
         client = update.job.client_id
         summary.verdicts[client] = verdict(update, state.params, config.max_update_norm)
+        seconds = update.metrics.get("seconds_train", 0.0)
+        summary.seconds_train += seconds if math.isfinite(seconds) else 0.0
         if summary.verdicts[client] != OK:
             continue
         accumulator = config.aggregator.accumulate(accumulator, update)

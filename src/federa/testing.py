@@ -10,20 +10,27 @@ They need no test framework:
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+import transformers
 from safetensors.torch import load, save
-from torch import Tensor
+from torch import Tensor, nn
 
 from federa.aggregators import AGGREGATORS, Aggregator
+from federa.client import ClientConfig, Trainer
+from federa.data.batches import Encoded, Ragged
 from federa.data.partition import PARTITIONERS, Partitioner, partition_examples
+from federa.methods import METHODS, Method, Setup
 from federa.registry import C, Registry
+from federa.seeds import torch_seeded
 from federa.server_optimizers import SERVER_OPTIMIZERS, ServerOptimizer
+from federa.tasks import Classification
 from federa.types import Job, State, Update
 
 TOLERANCE = 1e-6
+LOGIT_TOLERANCE = 1e-5
 
 
 def check_partitioner(partitioner: Partitioner) -> None:
@@ -105,6 +112,137 @@ def check_server_optimizer(optimizer: ServerOptimizer) -> None:
     expected, found = (optimizer.step(new_params, delta, state) for state in (new_opt, restored))
     _check_same(found, expected, "a step after a safetensors round trip differs")
     _check_config(optimizer, SERVER_OPTIMIZERS)
+
+
+def check_method(method: Method, model_factory: Callable[[], nn.Module] | None = None) -> None:
+    """Check that a method starts at the pretrained model's function, and that clients agree with the server.
+
+    Two clients train on random tokens, on the server's own model and on one that was prepared from the state
+    that the server sends.
+
+    Args:
+        method: its fields, `rank` for example, must fit the model.
+        model_factory: returns the same fresh sequence classifier of transformers at every call, of 50 tokens or
+            more; by default a BERT of two layers of width 64.
+
+    Raises:
+        AssertionError: what the method broke.
+    """
+    pristine, server, again, client, merged = (fresh().eval() for fresh in [model_factory or _small_bert] * 5)
+    names = [name for name, _ in pristine.named_parameters()]
+    head = frozenset(name for name in names if not name.startswith(f"{pristine.base_model_prefix}."))
+    data = _random_examples(pristine.config.num_labels)
+
+    start = method.prepare(server, Setup(head, seed=5))
+    _check_start(method, start, server, head)
+    _check_logits(server, pristine, data, "the output at the start is not the pretrained model's")
+    with torch_seeded(99):
+        method.prepare(again, Setup(head, seed=5))
+    _check_same([_tensors(again)], [_tensors(server)], "the start depends on more than setup.seed")
+    taken = method.prepare(client, Setup(head, seed=5, init=load(save(start))))
+    _check_same([taken], [start], "setup.init is not taken to the bit")
+    _check_same([_tensors(client)], [_tensors(server)], "a model prepared from setup.init is not the server's")
+
+    trainer = _trainer(method, server, head)
+    before = [_copy(start), _copy(_frozen(server))]
+    deltas = _deltas(trainer, start, data, [0, 1])
+    _check_same([start, _frozen(server)], before, "training changed the state sent, or something frozen")
+    _check_deltas(deltas, start, trainer, head)
+    backwards = _deltas(trainer, start, data, [1, 0])
+    _check_same(backwards[::-1], deltas, "the order of the clients matters")
+    theirs = _deltas(_trainer(method, client, head), start, data, [0, 1])
+    _check_same(theirs, deltas, "a client's update is not the one that the server's model gives")
+
+    if "merged" in method.export_formats:
+        method.prepare(merged, Setup(head, seed=5, init=start))
+        trained = {name: start[name] + delta for name, delta in deltas[0].items()}
+        for model in (again, merged):
+            model.load_state_dict(trained, strict=False)
+        method.merge(merged)
+        assert [name for name, _ in merged.named_parameters()] == names, "merge() leaves other names than it found"
+        _check_logits(merged, again, data, "merge() changes the output")
+    _check_config(method, METHODS)
+
+
+def _small_bert() -> nn.Module:
+    """Return a BERT with random weights, large enough for its output to depend on all of them."""
+    config = transformers.BertConfig(
+        vocab_size=50,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=128,
+        max_position_embeddings=32,
+        num_labels=3,
+        initializer_range=0.2,
+    )
+    with torch_seeded(0):
+        model: nn.Module = transformers.BertForSequenceClassification(config)
+    return model
+
+
+def _random_examples(num_labels: int) -> Encoded:
+    """Return 24 examples of 3 to 12 tokens."""
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(1, 50, rng.integers(3, 13)).tolist() for _ in range(24)]
+    return Encoded({"input_ids": Ragged.from_rows(rows)}, np.arange(24) % num_labels, {"input_ids": 0})
+
+
+def _trainer(method: Method, model: nn.Module, head: frozenset[str]) -> Trainer:
+    """Return a trainer of three steps a job."""
+    local = head if method.head == "local" else frozenset[str]()
+    return Trainer(model, head, local, Classification(), ClientConfig(batch_size=4, precision="fp32"))
+
+
+def _deltas(trainer: Trainer, start: State, data: Encoded, clients: Sequence[int]) -> list[State]:
+    """Return the updates of clients that hold half of the rows each, and train in the given order."""
+    sent, kept = ({name: start[name] for name in names} for names in (trainer.shared, trainer.local))
+    deltas = []
+    for client in clients:
+        job = Job(round=1, client_id=client, seed=client, lr=1e-3)
+        update, _ = trainer.train(sent, data, np.arange(client, 24, 2), job, kept)
+        deltas.append(update.delta)
+    return deltas
+
+
+def _tensors(model: nn.Module) -> State:
+    """Return all parameters and buffers."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def _frozen(model: nn.Module) -> State:
+    """Return the parameters that do not train, and the buffers."""
+    return {name: tensor for name, tensor in _tensors(model).items() if not tensor.requires_grad}
+
+
+def _check_start(method: Method, start: State, model: nn.Module, head: frozenset[str]) -> None:
+    """Check that the round-0 state is a float32 copy of exactly what trains, the head as `head` says."""
+    trains = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    _check_like(start, trains, "the state of what requires_grad")
+    _check_same([start], [trains], "the state is not what the model holds")
+    shared = [name for name, tensor in start.items() if tensor.data_ptr() == trains[name].data_ptr()]
+    assert not shared, f"the state is no copy: it shares memory with the model ({shared[0]})"
+    expected = frozenset[str]() if method.head == "freeze" else head
+    assert head & start.keys() == expected, f"head={method.head}, but the state has {sorted(head & start.keys())}"
+
+
+def _check_deltas(deltas: Sequence[State], start: State, trainer: Trainer, head: frozenset[str]) -> None:
+    """Check that something travels, outside the head too where it trains, and that clients differ."""
+    assert trainer.shared, "nothing travels"
+    own = [name for name in trainer.shared if name not in head] or trainer.shared
+    for delta in deltas:
+        _check_like(delta, {name: start[name] for name in trainer.shared}, "an update")
+        assert all(bool(tensor.isfinite().all()) for tensor in delta.values()), "an update is not finite"
+        assert any(bool(delta[name].any()) for name in own), "training changes nothing that travels"
+    assert any(not torch.equal(deltas[0][name], deltas[1][name]) for name in own), "all clients send the same"
+
+
+@torch.no_grad()
+def _check_logits(model: nn.Module, expected: nn.Module, data: Encoded, message: str) -> None:
+    inputs = data.batch(np.arange(len(data)), torch.device("cpu"), labels=False)
+    ours, theirs = (m.eval()(**inputs).logits for m in (model, expected))
+    worst = float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1))
+    assert worst <= LOGIT_TOLERANCE, f"{message}: off by {worst:.1e}"
 
 
 def _state(seed: int, scale: float) -> dict[str, Tensor]:

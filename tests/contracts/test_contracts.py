@@ -3,11 +3,14 @@
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from federa.aggregators import AGGREGATORS, Mean
 from federa.data.partition import PARTITIONERS, Iid
+from federa.methods import METHODS, LoRA, Probe
+from federa.methods.lora import merge_lora
 from federa.server_optimizers import SERVER_OPTIMIZERS, Sgd
-from federa.testing import check_aggregator, check_partitioner, check_server_optimizer
+from federa.testing import check_aggregator, check_method, check_partitioner, check_server_optimizer
 
 REQUIRED = {"natural": {"column": "author"}}
 
@@ -32,7 +35,32 @@ def test_server_optimizers(name):
     check_server_optimizer(component(SERVER_OPTIMIZERS, name))
 
 
-@pytest.mark.parametrize("registry", [PARTITIONERS, AGGREGATORS, SERVER_OPTIMIZERS], ids=lambda r: r.kind)
+METHOD_FIELDS = {
+    "federa": [{"rank": 4, "alpha": 6, "components": "random"}, {"rank": 2, "targets": "all-linear"}],
+    "lora": [{"rank": 4, "alpha": 6, "rslora": True}, {"rank": 4, "dora": True}],
+    "adapter": [{"placement": "houlsby", "width": 8}],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [(name, fields) for name in METHODS.names() for fields in ({}, *METHOD_FIELDS.get(name, []))],
+    ids=lambda value: value if isinstance(value, str) else ",".join(map(str, value.values())) or "defaults",
+)
+def test_methods(name, fields):
+    check_method(component(METHODS, name, **fields))
+
+
+@pytest.mark.parametrize("head", ["freeze", "local"])
+@pytest.mark.parametrize("name", [name for name in METHODS.names() if name != "probe"])
+def test_methods_in_every_mode_of_the_head(name, head):
+    check_method(component(METHODS, name, head=head))
+
+
+REGISTRIES = [PARTITIONERS, AGGREGATORS, SERVER_OPTIMIZERS, METHODS]
+
+
+@pytest.mark.parametrize("registry", REGISTRIES, ids=lambda r: r.kind)
 def test_no_registered_class_builds_on_another(registry):
     classes = [registry.get(name) for name in registry.names()]
     assert classes
@@ -185,3 +213,148 @@ class HalfState(Sgd):
 def test_wrong_server_optimizers_are_noticed(cls, message):
     with pytest.raises(AssertionError, match=message):
         check_server_optimizer(cls())
+
+
+class Small(LoRA):
+    rank: int = 4
+
+
+class OtherOutput(Small):
+    def start(self, model, setup):
+        torch.nn.init.constant_(model.bert.encoder.layer[0].attention.self.query.lora_B, 0.01)
+
+
+class HalfPrecision(Small):
+    def prepare(self, model, setup):
+        return {name: tensor.half() for name, tensor in super().prepare(model, setup).items()}
+
+
+class SendsMore(Small):
+    def prepare(self, model, setup):
+        state = super().prepare(model, setup)
+        return {**state, "bert.pooler.dense.bias": model.bert.pooler.dense.bias.detach().clone()}
+
+
+class SendsItself(Small):
+    def prepare(self, model, setup):
+        super().prepare(model, setup)
+        return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+class ForgetsTheHead(Small):
+    def prepare(self, model, setup):
+        state = super().prepare(model, setup)
+        model.classifier.requires_grad_(False)
+        return {name: tensor for name, tensor in state.items() if "classifier" not in name}
+
+
+def _redraw_a(model):
+    """Give A random numbers from torch's own generator, as a careless FFA-LoRA would."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora_A"):
+                parameter.normal_()
+
+
+class UnseededFrozen(Small):
+    def edit(self, model, setup):
+        super().edit(model, setup)
+        _redraw_a(model)
+        return lambda name: name.endswith("lora_B")
+
+
+class OverwritesInit(Small):
+    def start(self, model, setup):
+        if setup.init is not None:
+            torch.nn.init.zeros_(model.bert.encoder.layer[0].attention.self.query.lora_A)
+
+
+class OtherBaseFromInit(Small):
+    def start(self, model, setup):
+        if setup.init is not None:
+            model.bert.encoder.layer[0].attention.self.query.weight.data.mul_(1 + 1e-6)
+
+
+class MovesTheFrozen(Small):
+    def edit(self, model, setup):
+        def drift(module, args):
+            module.weight.data.mul_(1 - 1e-3 * module.training)
+
+        model.bert.pooler.dense.register_forward_pre_hook(drift)
+        return super().edit(model, setup)
+
+
+class KeepsCount(Small):
+    def edit(self, model, setup):
+        calls = []
+
+        def louder(module, args, output):
+            calls.append(module)
+            return output * (1 + 1e-3 * len(calls) * module.training)
+
+        model.bert.pooler.register_forward_hook(louder)
+        return super().edit(model, setup)
+
+
+class Dead(Small):
+    def start(self, model, setup):
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora_A"):
+                torch.nn.init.zeros_(parameter)
+
+
+class HalfMerged(Small):
+    def merge(self, model):
+        for module in model.modules():
+            if hasattr(module, "lora_A"):
+                module.scale = 0.5
+        merge_lora(model)
+
+
+class UnmergedNames(Small):
+    def merge(self, model):
+        pass
+
+
+class Nameless(Small):
+    name: str = "nobody"
+
+
+@pytest.mark.parametrize(
+    ("cls", "message"),
+    [
+        (OtherOutput, "output at the start"),
+        (HalfPrecision, "float16, not float32"),
+        (SendsMore, "the state of what requires_grad: keys"),
+        (SendsItself, "no copy"),
+        (ForgetsTheHead, "head=train, but"),
+        (UnseededFrozen, "more than setup.seed"),
+        (OverwritesInit, "setup.init is not taken"),
+        (OtherBaseFromInit, "not the server's"),
+        (MovesTheFrozen, "something frozen"),
+        (KeepsCount, "order of the clients"),
+        (Dead, "changes nothing that travels"),
+        (HalfMerged, "merge.. changes the output"),
+        (UnmergedNames, "other names"),
+        (Nameless, "not registered"),
+    ],
+)
+def test_wrong_methods_are_noticed(cls, message):
+    with pytest.raises(AssertionError, match=message):
+        check_method(cls())
+
+
+def test_a_method_that_sends_nothing_is_noticed():
+    with pytest.raises(AssertionError, match="nothing travels"):
+        check_method(Probe(head="local"))
+
+
+def test_methods_on_a_model_of_ones_own():
+    def small_distilbert():
+        torch.manual_seed(3)
+        config = transformers.DistilBertConfig(vocab_size=60, dim=32, n_layers=1, n_heads=2, hidden_dim=48)
+        return transformers.DistilBertForSequenceClassification(config)
+
+    check_method(LoRA(rank=8), small_distilbert)
+    with pytest.raises(Exception, match="rank"):
+        check_method(LoRA(rank=33), small_distilbert)

@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -28,7 +29,7 @@ from pydantic import Field
 from torch import Tensor
 
 from federa.engines.base import ENGINES, Engine, Session, available_cores, keep_freed_memory, share_cores
-from federa.types import FederaError, FloatArray, IntArray, Job, State, Update
+from federa.types import FederaError, FloatArray, IntArray, Job, RoundFailedError, State, Update
 
 if TYPE_CHECKING:
     from multiprocessing.context import ForkProcess
@@ -47,7 +48,7 @@ class SharedState:
         self._shapes = {name: t.shape for name, t in like.items()}
         size = sum(t.numel() for t in like.values())
         self._memory = mmap.mmap(-1, max(4, 4 * size))  # anonymous: gone with the last process, however it ends
-        self._flat = torch.frombuffer(self._memory, dtype=torch.float32, count=size)
+        self._flat = torch.frombuffer(self._memory, dtype=torch.float32)[:size]
 
     def views(self) -> dict[str, Tensor]:
         """Return the tensors themselves, not copies."""
@@ -129,6 +130,16 @@ class ProcessesSession:
             other.close()
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
         _die_with_parent()
+        if self._threads == 1:
+            self._serve(pipe)
+            return
+        # The forked thread would wait for ever for OpenMP helpers that the fork left behind; a new thread
+        # starts helpers of its own.
+        serving = threading.Thread(target=self._serve, args=(pipe,))
+        serving.start()
+        serving.join()
+
+    def _serve(self, pipe: Connection) -> None:
         torch.set_num_threads(self._threads)
         try:
             while True:
@@ -173,24 +184,26 @@ class ProcessesSession:
                         continue
                     deaths[index] += 1
                     if deaths[index] >= MAX_DEATHS:
-                        raise RuntimeError(f"{MAX_DEATHS} workers died one after the other on {requests[index]}")
+                        raise RoundFailedError(
+                            f"{_named(requests[index])}: {MAX_DEATHS} workers died on it one after the other (out "
+                            "of memory?). The last good state is kept"
+                        )
                     todo.appendleft(index)
                     self._replace(worker)
             yield done.pop(wanted)
 
     def _hand_out(self, requests: Sequence[_Request], todo: deque[int], wanted: int) -> None:
         """Give idle workers the next requests, no further ahead than there are slots."""
-        for worker in self._workers:
-            if worker.busy is None and todo and todo[0] < wanted + len(self._slots):
-                index = todo[0]
-                message = {**requests[index], "slot": index % len(self._slots)}
-                try:
-                    worker.pipe.send_bytes(json.dumps(message).encode())
-                except OSError:  # it died while idle
-                    self._replace(worker)
-                    continue
-                todo.popleft()
-                worker.busy = index
+        idle = [worker for worker in self._workers if worker.busy is None]
+        while idle and todo and todo[0] < wanted + len(self._slots):
+            worker, index = idle.pop(0), todo[0]
+            message = {**requests[index], "slot": index % len(self._slots)}
+            try:
+                worker.pipe.send_bytes(json.dumps(message).encode())
+            except OSError:  # it died while idle
+                idle.append(self._replace(worker))
+                continue
+            worker.busy = todo.popleft()
 
     def _receive(self, worker: Worker) -> tuple[dict[str, Any], bytes] | None:
         """Return a worker's answer, or None if it died before it was whole."""
@@ -206,18 +219,24 @@ class ProcessesSession:
             raise RuntimeError(f"a worker failed:\n{header['error']}")
         return header, payload
 
-    def _replace(self, worker: Worker) -> None:
-        """Fork a new worker in a dead one's place."""
+    def _replace(self, worker: Worker) -> Worker:
+        """Fork a new worker in a dead one's place, and return it."""
         worker.pipe.close()
         worker.process.kill()
         worker.process.join()
         self._workers.remove(worker)
         self._workers.append(self._start())
+        return self._workers[-1]
 
     def _settle(self) -> None:
         """Wait for workers that an abandoned iterator left busy: their answers belong to nobody."""
         for worker in [w for w in self._workers if w.busy is not None]:
             self._replace(worker)
+
+
+def _named(request: _Request) -> str:
+    job = request.get("job")
+    return f"round {job['round']}, client {job['client_id']}" if job else "evaluation"
 
 
 def _die_with_parent() -> None:

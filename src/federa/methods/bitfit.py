@@ -8,6 +8,11 @@ from typing import ClassVar, Literal
 from torch import nn
 
 from federa.methods.base import METHODS, ExportFormat, Method, Setup
+from federa.types import FederaError
+
+
+def _is_bias(name: str) -> bool:
+    return name.endswith(".bias")
 
 
 @METHODS.register
@@ -19,7 +24,10 @@ class BitFit(Method):
     name: Literal["bitfit"] = "bitfit"
 
     def edit(self, model: nn.Module, setup: Setup) -> Callable[[str], bool]:  # noqa: D102
-        return lambda name: name.endswith(".bias")
+        names = (name for name, _ in model.named_parameters() if name not in setup.head)
+        if not any(_is_bias(name) for name in names):
+            raise FederaError("method 'bitfit': this encoder has no biases to train; take another method")
+        return _is_bias
 
     def merge(self, model: nn.Module) -> None:
         """Do nothing: the model is plain already."""
