@@ -13,11 +13,11 @@ import torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 WORDS = {
-    "sport": "match goal team player win cup league coach score season".split(),
-    "tech": "phone software chip data network computer code screen laptop app".split(),
-    "food": "bread cheese soup cook kitchen taste salt butter dinner recipe".split(),
+    "sport": ["match", "goal", "team", "player", "win", "cup", "league", "coach", "score", "season"],
+    "tech": ["phone", "software", "chip", "data", "network", "computer", "code", "screen", "laptop", "app"],
+    "food": ["bread", "cheese", "soup", "cook", "kitchen", "taste", "salt", "butter", "dinner", "recipe"],
 }
-FILLER = "the a of and in to was is for on with it by at from".split()
+FILLER = ["the", "a", "of", "and", "in", "to", "was", "is", "for", "on", "with", "it", "by", "at", "from"]
 FAMILIES = ("bert", "roberta", "deberta-v2", "distilbert", "electra", "modernbert")
 
 
@@ -80,30 +80,51 @@ def build_encoder(family: str, to: Path) -> Path:
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocabulary)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
     )
     fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
-        mask_token="[MASK]", model_max_length=64,
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+        model_max_length=64,
     )
     sizes = {"vocab_size": len(vocabulary), "pad_token_id": 0}
     usual = {
-        **sizes, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64,
+        **sizes,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
         "max_position_embeddings": 80,
     }
     configs: dict[str, Callable[[], object]] = {
         "bert": lambda: transformers.BertConfig(**usual),
         "roberta": lambda: transformers.RobertaConfig(**usual, bos_token_id=2, eos_token_id=3),
         "deberta-v2": lambda: transformers.DebertaV2Config(
-            **usual, relative_attention=True, pos_att_type=["c2p", "p2c"], position_biased_input=False,
-            share_att_key=True, norm_rel_ebd="layer_norm", position_buckets=16,
+            **usual,
+            relative_attention=True,
+            pos_att_type=["c2p", "p2c"],
+            position_biased_input=False,
+            share_att_key=True,
+            norm_rel_ebd="layer_norm",
+            position_buckets=16,
         ),
         "distilbert": lambda: transformers.DistilBertConfig(
             **sizes, dim=32, n_layers=2, n_heads=4, hidden_dim=64, max_position_embeddings=80
         ),
         "electra": lambda: transformers.ElectraConfig(**usual, embedding_size=32),
         "modernbert": lambda: transformers.ModernBertConfig(
-            **usual, bos_token_id=2, eos_token_id=3, cls_token_id=2, sep_token_id=3, local_attention=16,
+            **usual,
+            bos_token_id=2,
+            eos_token_id=3,
+            cls_token_id=2,
+            sep_token_id=3,
+            local_attention=16,
             global_attn_every_n_layers=2,
         ),
     }
@@ -128,18 +149,23 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return get
 
 
-@pytest.fixture()
-def recipe(encoder: Callable[[str], Path], train_csv: Path, test_csv: Path) -> dict[str, object]:
-    """A recipe that runs in a second: a small BERT, six clients."""
+def small_recipe(model: Path, train: Path, test: Path) -> dict[str, object]:
+    """Return a recipe that runs in a second: a small BERT, six clients."""
     return {
         "seed": 3,
         "rounds": 3,
         "cohort": 3,
-        "model": {"name": str(encoder("bert"))},
-        "data": {"train": str(train_csv), "test": str(test_csv)},
+        "model": {"name": str(model)},
+        "data": {"train": str(train), "test": str(test)},
         "task": {"name": "classification", "max_length": 32},
         "method": {"name": "federa", "rank": 4},
         "partition": {"name": "dirichlet", "clients": 6, "alpha": 0.5},
         "client": {"batch_size": 8, "lr": 3e-3, "precision": "fp32"},
         "engine": {"name": "serial", "threads": 1},
     }
+
+
+@pytest.fixture()
+def recipe(encoder: Callable[[str], Path], train_csv: Path, test_csv: Path) -> dict[str, object]:
+    """A recipe that runs in a second; each test gets its own copy."""
+    return small_recipe(encoder("bert"), train_csv, test_csv)

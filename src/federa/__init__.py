@@ -1,8 +1,6 @@
 """federa: federated fine-tuning of pretrained language models.
 
-    from federa import RunConfig, run
-    result = run(RunConfig(rounds=10), out="runs/first")
-    print(result.summary["final"])
+`run(RunConfig(rounds=10), out="runs/first").summary["final"]` is the test accuracy of a first run.
 """
 
 from federa.config import RunConfig, load_config

@@ -1,18 +1,21 @@
 """A run directory: what is in it, and how it survives a crash at any moment.
 
-    config.yaml                    the resolved recipe, written first
-    environment.json               versions, hardware, commit
-    init.safetensors               the round-0 state, kept for ever
-    partition.json, labels.json    who holds what, and the names of the labels
-    checkpoint/state.safetensors   the last finished round
-    metrics.jsonl                  one object a round
-    result.json, report.html       at the end
+config.yaml                    the resolved recipe, written first
+environment.json               versions, hardware, commit
+init.safetensors               the round-0 state, kept for ever
+partition.json, labels.json    who holds what, and the names of the labels
+checkpoint/state.safetensors   the last finished round
+metrics.jsonl                  one object a round
+result.json, report.html       at the end
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +47,7 @@ class RunDirectory:
 
     @property
     def free(self) -> bool:
-        """Whether a run may start here: nothing is there, but for what a crash in the first write may leave."""
+        """Whether a run may start here: nothing is there, or what a crash in the first write left."""
         if not self.path.exists():
             return True
         return self.path.is_dir() and all(f.name.endswith(".partial") for f in self.path.iterdir())
@@ -57,6 +60,20 @@ class RunDirectory:
         """
         if not self.started:
             raise FederaError(f"{self.path} is not a run directory (it has no config.yaml)")
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from running here; the lock goes with the process, however it ends.
+
+        Raises:
+            FederaError: another process is at it.
+        """
+        with self.config.open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise FederaError(f"{self.path}: another process is running this") from error
+            yield
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """Write one of the JSON files, atomically."""
@@ -114,7 +131,9 @@ class RunDirectory:
         try:
             return [json.loads(line) for line in lines]
         except json.JSONDecodeError as error:
-            raise FederaError(f"{self.metrics} holds a line that is not JSON; it was changed by hand") from error
+            raise FederaError(
+                f"{self.metrics} holds a line that is not JSON; it was changed by hand"
+            ) from error
 
     def rewind(self, rounds: int) -> list[Record]:
         """Drop the metrics after the given number of rounds, and return the rest.
@@ -126,7 +145,9 @@ class RunDirectory:
         """
         kept = [record for record in self.records() if record["round"] <= rounds]
         if [record["round"] for record in kept] != list(range(1, rounds + 1)):
-            raise FederaError(f"{self.metrics} does not hold every round up to {rounds}; it was changed by hand")
+            raise FederaError(
+                f"{self.metrics} does not hold every round up to {rounds}; it was changed by hand"
+            )
         text = "".join(json.dumps(record) + "\n" for record in kept)
         write_atomically(self.metrics, text.encode())
         return kept

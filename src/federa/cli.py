@@ -63,11 +63,16 @@ def run(
         Optional[list[str]],  # noqa: UP045
         typer.Argument(metavar="[RECIPE.yaml] [KEY=VALUE ...]", help="None: the embedded default."),
     ] = None,
+    *,
     out: OutOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --out.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done; write nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be done; write nothing.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but mistakes.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a round, then the result.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object a round, then the result.")
+    ] = False,
 ) -> None:
     """Run a recipe: fine-tune a model across clients, from the start or from a checkpoint."""
     from federa import progress
@@ -76,12 +81,12 @@ def run(
     from federa.run import run as start
 
     recipe, overrides = _split(arguments or [])
-    if resume and out is None:
-        raise FederaError("--resume: say which run with --out DIR")
+    if resume and (out is None or dry_run):
+        raise FederaError("--resume: say which run with --out DIR, without --dry-run")
     config = None if resume and recipe is None and not overrides else load_config(recipe, overrides)
     if dry_run:
-        assert config is not None or resume
-        _show_plan(config or load_config(), as_json=as_json)
+        assert config is not None
+        _show_plan(config, as_json=as_json)
         return
     folder = out or _free_folder(config or load_config())
     console = progress.console()
@@ -119,11 +124,13 @@ def _show_plan(config: RunConfig, *, as_json: bool) -> None:
     console.print()
     console.print(progress.partition_table(held["client_sizes"], held["groups"], held["counts"]))
     sizes = experiment.sizes
-    share = sizes["trainable_parameters"] / sizes["total_parameters"]
-    console.print(f"\ntrained parameters: {sizes['trainable_parameters']:,} of {sizes['total_parameters']:,} ({share:.2%})")
-    total = progress.readable_bytes(plan.bytes_round * config.rounds)
-    console.print(f"bytes expected: {progress.readable_bytes(plan.bytes_round)} a round, {total} in all")
-    console.print(f"time expected: {progress.readable_seconds(plan.seconds)} on one worker; nothing was written")
+    trained, total = sizes["trainable_parameters"], sizes["total_parameters"]
+    console.print(f"\ntrained parameters: {trained:,} of {total:,} ({trained / total:.2%})")
+    once, all_rounds = (progress.readable_bytes(plan.bytes_round * n) for n in (1, config.rounds))
+    console.print(f"bytes expected: {once} a round, {all_rounds} in all")
+    console.print(
+        f"time expected: {progress.readable_seconds(plan.seconds)} on one worker; nothing was written"
+    )
 
 
 @app.command()
@@ -132,6 +139,7 @@ def compare(
         Optional[list[str]],  # noqa: UP045
         typer.Argument(metavar="[RECIPE.yaml] [KEY=VALUE ...]", help="What the cells have in common."),
     ] = None,
+    *,
     methods: Annotated[str, typer.Option(help="Methods, with commas.")] = "federa,lora,adapter,bitfit,ft",
     seeds: Annotated[str, typer.Option(help="Seeds, with commas.")] = "0,1,2",
     lrs: Annotated[
@@ -188,15 +196,19 @@ def export(
 
     if format_ is not None and format_ not in FORMATS:
         raise FederaError(f"--format {format_}: expected one of {', '.join(FORMATS)}")
-    print(write(folder, to, format_))  # type: ignore[arg-type]
+    print(write(folder, to, format_))
 
 
 @app.command()
 def predict(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run directory, or a folder that export wrote.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A run directory, or a folder that export wrote.")
+    ],
     file: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Argument(help="Texts: one a line, or a table (.csv, .jsonl, .parquet); default: standard input."),
+        typer.Argument(
+            help="Texts: one a line, or a table (.csv, .jsonl, .parquet); default: standard input."
+        ),
     ] = None,
     column: Annotated[str, typer.Option(help="The text column of a table.")] = "text",
 ) -> None:
@@ -206,7 +218,11 @@ def predict(
     texts = list(_texts(file, column))
     model = load(folder)
     for text, (label, probability) in zip(texts, model.predict(texts), strict=True):
-        print(json.dumps({"label": label, "probability": round(probability, 6), "text": text}, ensure_ascii=False))
+        print(
+            json.dumps(
+                {"label": label, "probability": round(probability, 6), "text": text}, ensure_ascii=False
+            )
+        )
 
 
 def _texts(file: Path | None, column: str) -> Iterator[str]:
@@ -220,13 +236,19 @@ def _texts(file: Path | None, column: str) -> Iterator[str]:
         return
     if file is not None and not file.is_file():
         raise FederaError(f"{file} does not exist")
-    lines = file.read_text(encoding="utf-8").splitlines() if file is not None else sys.stdin.read().splitlines()
-    yield from (line for line in lines if line.strip())
+    try:
+        content = sys.stdin.read() if file is None else file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise FederaError(f"{file or 'standard input'} is not text in UTF-8") from error
+    yield from (line for line in content.splitlines() if line.strip())
 
 
 @app.command()
 def init(
-    to: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="The recipe to write.")] = Path("recipe.yaml"),
+    to: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="The recipe to write.")] = Path(
+        "recipe.yaml"
+    ),
+    *,
     train: Annotated[Optional[str], typer.Option(help="Your training file.")] = None,  # noqa: UP045
     test: Annotated[Optional[str], typer.Option(help="Your test file.")] = None,  # noqa: UP045
     text_column: Annotated[Optional[str], typer.Option(help="Its text column.")] = None,  # noqa: UP045
@@ -240,7 +262,13 @@ def init(
     if train is None:
         raise FederaError("say which data with --train FILE (.csv, .tsv, .jsonl or .parquet)")
     write_recipe(
-        to, train=train, test=test, text_column=text_column, label_column=label_column, model=model, clients=clients
+        to,
+        train=train,
+        test=test,
+        text_column=text_column,
+        label_column=label_column,
+        model=model,
+        clients=clients,
     )
     print(f"{to} written; look with: federa run {to} --dry-run")
 

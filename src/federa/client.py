@@ -43,7 +43,7 @@ class ClientConfig(BaseModel):
         precision: `bf16` keeps float32 masters of what trains, and computes in bfloat16; `auto` measures.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     epochs: int = Field(default=1, ge=1)
     max_steps: int | None = Field(default=None, ge=1)
     batch_size: int = Field(default=16, ge=1)
@@ -219,7 +219,6 @@ class Trainer:
             return torch.optim.SGD(groups, momentum=config.momentum)
         return torch.optim.AdamW(groups, fused=True)
 
-    @torch.inference_mode()
     def predict(
         self, params: State, data: Encoded, batches: Sequence[IntArray], local: State | None = None
     ) -> Iterator[list[FloatArray]]:
@@ -227,7 +226,8 @@ class Trainer:
         self.flat.load_(params, local or {})
         self.model.eval()
         for rows in batches:
-            out = self.task.outputs(self.model(**data.batch(rows, self.device, labels=False)))
+            with torch.inference_mode():
+                out = self.task.outputs(self.model(**data.batch(rows, self.device, labels=False)))
             yield list(out.float().cpu().numpy())
 
 

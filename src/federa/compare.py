@@ -95,7 +95,9 @@ class Comparison:
     def describe(self) -> list[str]:
         """Return one line for every run that the comparison is made of."""
         lines = [f"tune  {m:10} lr {lr:g}, {self.tune_rounds} rounds" for m in self.lrs for lr in self.lrs[m]]
-        lines += [f"run   {m:10} seed {s}, {self.config.rounds} rounds" for m in self.methods for s in self.seeds]
+        lines += [
+            f"run   {m:10} seed {s}, {self.config.rounds} rounds" for m in self.methods for s in self.seeds
+        ]
         return [*lines, f"{len(lines)} runs"]
 
 
@@ -120,7 +122,9 @@ def compare_methods(comparison: Comparison, folder: Path, say: Say) -> Table:
     lines = _table_lines(comparison, rows)
     write_atomically(folder / "table.md", _markdown(lines).encode())
     write_atomically(folder / "table.tex", _latex(lines).encode())
-    done = [folder / "cells" / f"{row['method']}-seed{row['seed']}" for row in rows if row["status"] == "done"]
+    done = [
+        folder / "cells" / f"{row['method']}-seed{row['seed']}" for row in rows if row["status"] == "done"
+    ]
     if done:
         write_report(done, folder / "report.html")
     table = Table(*lines[0], box=None, padding=(0, 2, 0, 0))
@@ -195,7 +199,9 @@ def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 def _table_lines(comparison: Comparison, rows: list[dict[str, Any]]) -> list[list[str]]:
     """Return the header and one line a method: mean and spread over seeds, difference to the first method."""
     metric, first = rows[0]["metric_name"], comparison.methods[0]
-    by_method = {m: [r for r in rows if r["method"] == m and r["status"] == "done"] for m in comparison.methods}
+    by_method = {
+        m: [r for r in rows if r["method"] == m and r["status"] == "done"] for m in comparison.methods
+    }
     reference = {r["seed"]: r["metric"] for r in by_method[first]}
     header = ["method", "lr", metric, "seeds", f"minus {first}", "trained", "sent a round", "time"]
     lines = [header]
@@ -242,6 +248,5 @@ def _latex(lines: list[list[str]]) -> str:
     body = [" & ".join(cells(line)) + r" \\" for line in lines]
     columns = "l" + "r" * (len(lines[0]) - 1)
     middle = "\n".join(body[1:])
-    return (
-        f"\\begin{{tabular}}{{{columns}}}\n\\toprule\n{body[0]}\n\\midrule\n{middle}\n\\bottomrule\n\\end{{tabular}}\n"
-    )
+    ruled = ["\\toprule", body[0], "\\midrule", middle, "\\bottomrule"]
+    return "\n".join([f"\\begin{{tabular}}{{{columns}}}", *ruled, "\\end{tabular}", ""])

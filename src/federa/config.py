@@ -40,6 +40,10 @@ REGISTRIES: dict[str, Registry[Any]] = {
 }
 
 
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
 class RunConfig(BaseModel):
     """All that a run depends on.
 
@@ -65,8 +69,8 @@ class RunConfig(BaseModel):
     evaluate_every: int = Field(default=1, ge=0)
     min_success: float = Field(default=0.5, ge=0, le=1)
     max_update_norm: float = Field(default=1e4, gt=0)
-    target: float | None = None
-    track: tuple[str, ...] = ()
+    target: float | None = Field(default=None, allow_inf_nan=False)
+    track: Annotated[tuple[str, ...], BeforeValidator(_listed)] = ()
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     evaluate_batch_size: int = Field(default=64, ge=1)
     model: ModelConfig = ModelConfig()
@@ -98,7 +102,9 @@ class RunConfig(BaseModel):
             raise FederaError(f"cohort: {self.cohort} clients a round, but partition.clients is {clients}")
         for name in self.track:
             if name not in TRACKERS:
-                raise FederaError(f"track: unknown tracker {name!r}{nearest(name, TRACKERS)}; known: {', '.join(TRACKERS)}")
+                raise FederaError(
+                    f"track: unknown tracker {name!r}{nearest(name, TRACKERS)}; known: {', '.join(TRACKERS)}"
+                )
         if self.client.lr is None:
             resolved = self.client.model_copy(update={"lr": self.method.default_lr})
             object.__setattr__(self, "client", resolved)
@@ -128,23 +134,28 @@ def parse_config(raw: dict[str, Any], folder: Path | None = None) -> RunConfig:
     """
     if not isinstance(raw, dict):
         raise FederaError(f"a recipe is a mapping of keys to values, not {type(raw).__name__}")
-    plugins = raw.get("plugins") or []
-    if not isinstance(plugins, (list, tuple)) or not all(isinstance(p, str) for p in plugins):
-        raise FederaError("plugins: expected a list of file or module names")
-    folder = folder or Path.cwd()
-    absolute = [str((folder / p).resolve()) if p.endswith(".py") else p for p in plugins]
-    load_plugins(absolute, folder)
-    raw = {key: _with_name(key, value) for key, value in raw.items()}
-    if plugins:
-        raw["plugins"] = absolute
+    plugins = _load_listed(raw.get("plugins"), folder or Path.cwd())
+    raw = {key: _with_name(key, value) for key, value in raw.items()} | {"plugins": plugins}
     try:
         return RunConfig.model_validate(raw)
     except ValidationError as error:
         raise FederaError(explain(error, RunConfig)) from error
 
 
+def _load_listed(plugins: Any, folder: Path) -> list[str]:
+    """Import the plugins that a recipe lists, and return the list with the paths of files made absolute."""
+    plugins = plugins or []
+    if not isinstance(plugins, (list, tuple)) or not all(isinstance(p, str) for p in plugins):
+        raise FederaError("plugins: expected a list of file or module names")
+    absolute = [str((folder / p).resolve()) if p.endswith(".py") else p for p in plugins]
+    load_plugins(absolute, folder)
+    return absolute
+
+
 def _with_name(key: str, value: Any) -> Any:
     """Return a component's section with the default component's name, where it gives none."""
+    if value is None and (key in REGISTRIES or key in ("model", "data", "client")):
+        value = {}  # a section whose keys are all commented out
     if key in REGISTRIES and isinstance(value, dict) and "name" not in value:
         return {"name": RunConfig.model_fields[key].default, **value}
     return value
@@ -174,9 +185,10 @@ def load_config(recipe: Path | None = None, overrides: Iterable[str] = ()) -> Ru
         FederaError: anything wrong, in one line.
     """
     raw = read_yaml(recipe) if recipe is not None else {}
-    folder = recipe.parent if recipe is not None else None
-    load_plugins([p for p in raw.get("plugins") or [] if isinstance(p, str)], folder or Path.cwd())
+    folder = recipe.parent if recipe is not None else Path.cwd()
     pairs = [parse_override(text) for text in overrides]
+    raw |= {key: value for key, value in pairs if key == "plugins"}
+    _load_listed(raw.get("plugins"), folder)  # before any name that a plugin may bring
     # A component's name first, so that its other keys meet the component that they belong to.
     for key, value in sorted(pairs, key=lambda pair: not pair[0].endswith(".name")):
         set_key(raw, key, value)

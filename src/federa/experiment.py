@@ -147,7 +147,9 @@ class Experiment:
         if not wanted.any():
             wanted[np.argmax(np.where(held, share, 0))] = 1
         rng = generator(self.config.seed, "client-test", client)
-        chosen = [rng.choice(np.flatnonzero(groups == g), wanted[g], replace=False) for g in np.flatnonzero(wanted)]
+        chosen = [
+            rng.choice(np.flatnonzero(groups == g), wanted[g], replace=False) for g in np.flatnonzero(wanted)
+        ]
         return np.sort(np.concatenate(chosen)) if chosen else np.zeros(0, dtype=np.int64)
 
     def batches(self, rows: IntArray) -> list[IntArray]:
@@ -201,7 +203,9 @@ def build_experiment(config: RunConfig, init: State | None = None, kept: Path | 
     groups = config.task.groups(train)
     parts = _partition(config, splits.train, groups)
     if config.cohort > len(parts):
-        raise FederaError(f"cohort: {config.cohort} clients a round, but the partition has {len(parts)} clients")
+        raise FederaError(
+            f"cohort: {config.cohort} clients a round, but the partition has {len(parts)} clients"
+        )
     began = time.perf_counter()
     setup = Setup(loaded.head, seed_for(config.seed, "start"), init, loaded.fingerprint, cache_folder())
     start = config.method.prepare(loaded.model, setup)

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from safetensors.torch import save_file
@@ -16,13 +16,15 @@ from torch import Tensor, nn
 from federa.checkpoint import RunDirectory
 from federa.config import RunConfig, parse_config, read_yaml
 from federa.experiment import load_model
-from federa.methods import FeDeRA, LoRA, Setup
+from federa.methods import FeDeRA, Setup
 from federa.methods.base import ExportFormat
 from federa.methods.lora import lora_layers
+from federa.models import resolve_model
 from federa.seeds import seed_for
 from federa.state import load_state
 from federa.types import FederaError, State
 
+Text: TypeAlias = str | tuple[str, str]
 FORMATS: tuple[ExportFormat, ...] = ("peft", "merged", "federa")
 _FOLDER_FILES = ("config.yaml", "labels.json", "init.safetensors", "checkpoint/state.safetensors")
 
@@ -43,9 +45,8 @@ class Predictor:
     labels: list[str]
     max_length: int
 
-    @torch.inference_mode()
-    def logits(self, texts: Sequence[str], batch_size: int = 32) -> Iterator[Tensor]:
-        """Yield logits for each batch of texts, `(batch, num_labels)`."""
+    def logits(self, texts: Sequence[Text], batch_size: int = 32) -> Iterator[Tensor]:
+        """Yield logits for each batch of texts (or pairs of texts), `(batch, num_labels)`."""
         for start in range(0, len(texts), batch_size):
             batch = self.tokenizer(
                 list(texts[start : start + batch_size]),
@@ -54,10 +55,12 @@ class Predictor:
                 padding=True,
                 return_tensors="pt",
             )
-            yield self.model(**batch).logits
+            with torch.inference_mode():
+                logits: Tensor = self.model(**batch).logits
+            yield logits
 
-    def predict(self, texts: Sequence[str], batch_size: int = 32) -> Iterator[tuple[str, float]]:
-        """Yield the most likely label of each text, and its probability."""
+    def predict(self, texts: Sequence[Text], batch_size: int = 32) -> Iterator[tuple[str, float]]:
+        """Yield the most likely label of each text (or pair of texts), and its probability."""
         for logits in self.logits(texts, batch_size):
             best = logits.softmax(dim=-1).max(dim=-1)
             for label, probability in zip(best.indices.tolist(), best.values.tolist(), strict=True):
@@ -84,10 +87,14 @@ def _restore(folder: Path) -> _Restored:
     run.require()
     config = parse_config(read_yaml(run.config))
     if config.method.head == "local":
-        raise FederaError(f"{folder}: with method.head=local every client has its own head; there is no global model")
+        raise FederaError(
+            f"{folder}: with method.head=local every client has its own head; there is no global model"
+        )
     stored = run.read_json("labels.json")
     if stored is None or not run.state.is_file():
-        raise FederaError(f"{folder} has no finished round yet; run it on with: federa run --resume --out {folder}")
+        raise FederaError(
+            f"{folder} has no finished round yet; run it on with: federa run --resume --out {folder}"
+        )
     init, metadata = load_state(run.init)
     loaded = load_model(config, stored["labels"])
     if loaded.fingerprint != metadata.get("fingerprint"):
@@ -106,24 +113,25 @@ def _restore(folder: Path) -> _Restored:
 
 
 def load(folder: Path | str) -> Predictor:
-    """Return the trained model of a run directory, or of a folder that `federa export` wrote in its own format.
+    """Return the trained model of a run directory, or of an export in federa's own format.
 
     Raises:
         FederaError: the folder is neither, or its base model is not to be had.
     """
     restored = _restore(Path(folder))
-    return Predictor(restored.model, restored.tokenizer, restored.labels, restored.config.task.max_length)
+    longest = min(restored.config.task.max_length, restored.tokenizer.model_max_length)
+    return Predictor(restored.model, restored.tokenizer, restored.labels, longest)
 
 
-def export(folder: Path | str, to: Path | str, format: ExportFormat | None = None) -> Path:  # noqa: A002
+def export(folder: Path | str, to: Path | str, format: ExportFormat | None = None) -> Path:
     """Write a run's trained model for others to open.
 
     Args:
         folder: the run directory.
         to: the folder to write, which must not exist or be empty.
-        format: `peft` (LoRA and FeDeRA: opens with `PeftModel.from_pretrained` on the pristine base), `merged`
-            (a plain checkpoint for the transformers auto classes), `federa` (opens with `federa.load`); None
-            for the first that the method has.
+        format: `peft` (LoRA and FeDeRA: opens with `PeftModel.from_pretrained` on the pristine base),
+            `merged` (a plain checkpoint for the transformers auto classes), `federa` (opens with
+            `federa.load`); None for the first that the method has.
 
     Raises:
         FederaError: a format that the method does not have, or a folder that is not empty.
@@ -137,7 +145,8 @@ def export(folder: Path | str, to: Path | str, format: ExportFormat | None = Non
     chosen: ExportFormat = format or method.export_formats[0]
     if chosen not in method.export_formats:
         raise FederaError(
-            f"--format {chosen}: method {method.name!r} can be exported as {' or '.join(method.export_formats)}"
+            f"--format {chosen}: method {method.name!r} can be exported as "
+            f"{' or '.join(method.export_formats)}"
         )
     restored = _restore(run.path)
     partial = target.with_name(f".{target.name}.partial")
@@ -165,13 +174,12 @@ def export(folder: Path | str, to: Path | str, format: ExportFormat | None = Non
 def _write_peft(restored: _Restored, to: Path) -> None:
     """Write an adapter folder that PEFT opens on the pristine checkpoint.
 
-    FeDeRA's base is W - s*B0*A0, so on W its change is s*(B*A - B0*A0) = s*[B | -B0] [A ; A0]: a plain LoRA of
-    twice the rank.
+    FeDeRA's base is W - s*B0*A0, so on W its change is s*(B*A - B0*A0) = s*[B | -B0] [A ; A0]: a plain LoRA
+    of twice the rank.
     """
-    method = restored.config.method
-    assert isinstance(method, (LoRA, FeDeRA))
+    method, model = restored.config.method, restored.model
     tensors: dict[str, Tensor] = {}
-    for name, layer in lora_layers(restored.model):
+    for name, layer in lora_layers(model):
         a, b = layer.lora_A.detach(), layer.lora_B.detach()
         if isinstance(method, FeDeRA):
             a = torch.cat([a, restored.init[f"{name}.lora_A"]], dim=0)
@@ -180,35 +188,40 @@ def _write_peft(restored: _Restored, to: Path) -> None:
         tensors[f"base_model.model.{name}.lora_B.weight"] = b.contiguous()
         if layer.magnitude is not None:
             tensors[f"base_model.model.{name}.lora_magnitude_vector"] = layer.magnitude.detach().contiguous()
-    parameters = dict(restored.model.named_parameters())
     for name in sorted(restored.head):
-        tensors[f"base_model.model.{name}"] = parameters[name].detach().contiguous()
+        tensors[f"base_model.model.{name}"] = model.get_parameter(name).detach().contiguous()
     save_file(tensors, to / "adapter_model.safetensors", metadata={"format": "pt"})
-    (to / "adapter_config.json").write_text(json.dumps(_peft_config(restored, method), indent=2) + "\n")
+    (to / "adapter_config.json").write_text(json.dumps(_peft_config(restored), indent=2) + "\n")
     restored.tokenizer.save_pretrained(to)
     (to / "README.md").write_text(
         f"# {method.name} adapter\n\nTrained with federa on {restored.config.model.name}. "
         f"Labels, in order: {', '.join(restored.labels)}.\n\n"
         "```python\nbase = AutoModelForSequenceClassification.from_pretrained("
-        f'"{restored.config.model.name}", num_labels={len(restored.labels)})\n'
+        f'"{_base_of(restored)}", num_labels={len(restored.labels)})\n'
         'model = PeftModel.from_pretrained(base, "THIS FOLDER")\n```\n'
     )
 
 
-def _peft_config(restored: _Restored, method: LoRA | FeDeRA) -> dict[str, Any]:
-    """Return the content of `adapter_config.json` (the fields of peft's LoraConfig that are not defaults)."""
+def _base_of(restored: _Restored) -> str:
+    """Return what the transformers auto classes find the pristine checkpoint by."""
+    return resolve_model(restored.config.model.name)
+
+
+def _peft_config(restored: _Restored) -> dict[str, Any]:
+    """Return the content of `adapter_config.json` (the fields of peft's LoraConfig that are not defaults).
+
+    rsLoRA needs no flag: its scale is in `lora_alpha`.
+    """
     layers = dict(lora_layers(restored.model))
     first = next(iter(layers.values()))
-    rank = method.rank * (2 if isinstance(method, FeDeRA) else 1)
-    rslora = isinstance(method, LoRA) and method.rslora
+    rank = len(first.lora_A) * (2 if isinstance(restored.config.method, FeDeRA) else 1)
     return {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS",
-        "base_model_name_or_path": restored.config.model.name,
+        "base_model_name_or_path": _base_of(restored),
         "r": rank,
-        "lora_alpha": first.scale * (rank**0.5 if rslora else rank),
-        "use_rslora": rslora,
-        "use_dora": isinstance(method, LoRA) and method.dora,
+        "lora_alpha": first.scale * rank,
+        "use_dora": first.magnitude is not None,
         "target_modules": list(layers),
         "modules_to_save": _top_modules(restored.model, restored.head),
         "bias": "none",

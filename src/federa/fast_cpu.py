@@ -1,9 +1,9 @@
 """Dropout and attention that cost a CPU little, with the statistics of the originals.
 
-A mask drawn as torch draws it costs one call of a serial generator for every element, which makes dropout the
-largest part of a small encoder's step. Here one 64-bit draw serves four elements, and masks are applied to the
-bits of the numbers. The attention is transformers' eager one as a single differentiable function: it scales and
-masks inside the product, and keeps what its backward pass needs and nothing else.
+A mask drawn as torch draws it costs one call of a serial generator for every element, which makes dropout
+the largest part of a small encoder's step. Here one 64-bit draw serves four elements, and masks are applied
+to the bits of the numbers. The attention is transformers' eager one as a single differentiable function,
+which keeps what its backward pass needs and nothing else.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def apply_mask(x: Tensor, mask: Tensor, scale: float) -> Tensor:
     return x.contiguous().view(lanes).bitwise_and(bits).view(x.dtype).mul_(scale)
 
 
-class _Dropout(torch.autograd.Function):
+class _Dropout(torch.autograd.Function):  # type: ignore[misc]
     """Dropout of a tensor of any shape."""
 
     @staticmethod
@@ -61,7 +61,7 @@ class _Dropout(torch.autograd.Function):
         return apply_mask(grads[0], mask, ctx.scale), None
 
 
-class FastDropout(nn.Dropout):
+class FastDropout(nn.Dropout):  # type: ignore[misc]
     """A drop-in for `nn.Dropout` on a CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -72,14 +72,17 @@ class FastDropout(nn.Dropout):
         return out
 
 
-class _Attention(torch.autograd.Function):
+class _Attention(torch.autograd.Function):  # type: ignore[misc]
     """softmax(Q K^T + mask), dropped out, times V; Q is scaled already.
 
-    Q, K, V are `(batch * heads, length, width)`, the additive mask `(batch, 1 or heads, 1 or length, length)`.
+    Q, K, V are `(batch * heads, length, width)`; the additive mask broadcasts to
+    `(batch, heads, length, length)`.
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rate: float) -> Tensor:
+    def forward(  # noqa: PLR0917
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rate: float
+    ) -> Tensor:
         scores = torch.bmm(q, k.transpose(1, 2))
         if mask is not None:
             scores.view(mask.shape[0], -1, *scores.shape[1:]).add_(mask)
@@ -103,7 +106,7 @@ class _Attention(torch.autograd.Function):
         return torch.bmm(d_scores, k), torch.bmm(d_scores.transpose(1, 2), q), d_v, None, None
 
 
-def cpu_attention(
+def cpu_attention(  # noqa: PLR0917
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -138,7 +141,7 @@ def cpu_attention(
 
 
 def speed_up(model: Any) -> None:
-    """Give a transformers model the fast dropout, and the fast attention where its family takes one, in place."""
+    """Give a transformers model the fast dropout and, if its family takes one, the fast attention."""
     for module in model.modules():
         if type(module) is nn.Dropout:
             module.__class__ = FastDropout

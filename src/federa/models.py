@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 import transformers
 from pydantic import BaseModel, ConfigDict
+from safetensors import SafetensorError
 from torch import nn
 
 from federa.seeds import torch_seeded
@@ -42,7 +44,7 @@ class Pretrained:
 
     Attributes:
         model: the transformers model, float32, with a head for the task.
-        tokenizer: its fast tokenizer.
+        tokenizer: its fast tokenizer; `model_max_length` is what the model has positions for, at most.
         head: names of the parameters that the checkpoint lacked, or that lie outside its encoder.
         fingerprint: SHA-256 of the encoder's pretrained tensors (the head apart).
     """
@@ -152,13 +154,24 @@ def load_pretrained(
                 **where,
             )
             tokenizer = transformers.AutoTokenizer.from_pretrained(name, **where)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise _explain(name, error) from error
-    if not tokenizer.is_fast:
+    # Without its files transformers gives a tokenizer that knows nothing but its special tokens.
+    if not tokenizer.is_fast or len(tokenizer.get_vocab()) <= len(tokenizer.all_special_tokens):
         raise FederaError(f"model.name: {name} has no fast tokenizer (tokenizer.json)")
     head = _head_names(model, info)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, _positions(model))
     encoder = {n: p for n, p in model.named_parameters() if n not in head}
     return Pretrained(model, tokenizer, head, fingerprint(encoder))
+
+
+def _positions(model: Any) -> int:
+    """Return how many tokens a model has positions for; RoBERTa's begin after the padding id."""
+    table = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
+    if not isinstance(table, nn.Embedding):
+        return sys.maxsize  # rotary or relative
+    first: int = 0 if table.padding_idx is None else table.padding_idx + 1
+    return int(table.num_embeddings) - first
 
 
 def _head_names(model: Any, info: dict[str, Any]) -> frozenset[str]:
@@ -173,8 +186,8 @@ def _head_names(model: Any, info: dict[str, Any]) -> frozenset[str]:
     lacking = sorted(n for n in new if n in names and n not in outside and "pooler" not in n)
     if lacking:
         raise FederaError(
-            f"model.name: the checkpoint lacks {len(lacking)} parameters of its encoder, {lacking[0]!r} first; "
-            "the weights do not belong to this config.json"
+            f"model.name: the checkpoint lacks {len(lacking)} parameters of its encoder, {lacking[0]!r} "
+            "first; the weights do not belong to this config.json"
         )
     return frozenset(n for n in names if n in new or n in outside)
 
@@ -194,5 +207,3 @@ def pick_device(name: str) -> torch.device:
     ):
         raise FederaError(f"device: {name} is not available on this machine; use device=auto")
     return torch.device(name)
-
-

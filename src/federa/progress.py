@@ -126,7 +126,9 @@ def result_table(result: Result) -> Table:
         table.add_row(f"target {result.config.target}", "not reached")
     share = summary["trainable_parameters"] / summary["total_parameters"]
     table.add_row("trained parameters", f"{summary['trainable_parameters']:,} ({share:.2%})")
-    table.add_row("sent", f"{readable_bytes(summary['bytes_up'])} up, {readable_bytes(summary['bytes_down'])} down")
+    table.add_row(
+        "sent", f"{readable_bytes(summary['bytes_up'])} up, {readable_bytes(summary['bytes_down'])} down"
+    )
     table.add_row("time", readable_seconds(summary["seconds_total"]))
     return table
 

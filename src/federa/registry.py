@@ -34,7 +34,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 def explain(error: ValidationError, cls: type[BaseModel], prefix: str = "") -> str:
     """Return the first thing that pydantic found wrong, as one line with the recipe's dotted key."""
     first = error.errors()[0]
-    path = [str(part) for part in first["loc"]]
+    path = [str(part) for part in first["loc"] if "[" not in str(part)]  # not the branch of a union
     key = ".".join(([prefix] if prefix else []) + path)
     if first["type"] == "extra_forbidden":
         owner = cls
@@ -42,8 +42,9 @@ def explain(error: ValidationError, cls: type[BaseModel], prefix: str = "") -> s
             annotation = owner.model_fields[part].annotation
             if isinstance(annotation, type) and issubclass(annotation, BaseModel):
                 owner = annotation
-        return f"unknown key {key!r}{nearest(path[-1], owner.model_fields)}; known: {', '.join(owner.model_fields)}"
-    message = first["msg"].removeprefix("Value error, ")
+        fields = owner.model_fields
+        return f"unknown key {key!r}{nearest(path[-1], fields)}; known: {', '.join(fields)}"
+    message = first["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list")
     if first["type"] == "value_error":
         return message  # ours: it names its key
     if first["type"] == "missing":
@@ -87,7 +88,7 @@ class Registry(Generic[C]):
         Raises:
             FederaError: no such name; the message lists the known ones.
         """
-        if name not in self._classes:
+        if not isinstance(name, str) or name not in self._classes:
             hint = nearest(str(name), self._classes)
             raise FederaError(f"unknown {self.kind} {name!r}{hint}; known: {', '.join(self.names())}")
         return self._classes[name]
@@ -138,4 +139,8 @@ def load_plugins(plugins: Iterable[str], folder: Path) -> None:
             raise FederaError(f"plugins: {path} is not a Python file")
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            del sys.modules[name]
+            raise FederaError(f"plugins: {path} fails: {type(error).__name__}: {error}") from error

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
+import os
 import shutil
-import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from federa.checkpoint import RunDirectory
 from federa.config import RunConfig, parse_config, read_yaml
 from federa.engines import Session
-from federa.engines.base import available_cores
+from federa.environment import environment
 from federa.experiment import Experiment, build_experiment, resolve
 from federa.report import write_report
+from federa.seeds import generator
 from federa.server import finish_round, make_jobs
-from federa.state import load_state, num_bytes
+from federa.state import load_state, num_bytes, write_atomically
 from federa.trackers import TRACKERS
 from federa.types import FederaError, Job, Record, ServerState, State, Update
 
@@ -93,7 +91,7 @@ def run(
     Args:
         config: the recipe; None for the embedded default, or with `resume` for the directory's own.
         out: the run directory; None keeps nothing.
-        resume: go on from the directory's checkpoint; none yet means round 0. A finished run is left as it is.
+        resume: go on from the directory's checkpoint; none yet means round 0. A finished run stays as it is.
         observer: is told how it goes.
 
     Raises:
@@ -109,14 +107,19 @@ def run(
         done = _finished(folder, config)
         if done is not None:
             return done
-    elif folder is not None and folder.path.exists() and any(folder.path.iterdir()):
-        raise FederaError(f"--out {folder.path} is not empty; give another directory, or --resume to go on with it")
+    elif folder is not None and not folder.free:
+        raise FederaError(
+            f"--out {folder.path} is not an empty directory; give another, or --resume to go on with a run"
+        )
     config = resolve(config or RunConfig())
     with ExitStack() as stack:
-        if folder is not None and not resumed:
-            stack.push(_remove_on_mistake(folder))
-            folder.path.mkdir(parents=True, exist_ok=True)
-            folder.config.write_text(config.to_yaml(), encoding="utf-8")
+        if folder is not None:
+            clear = None if resumed else _remove_on_mistake(folder)
+            if clear is not None:
+                write_atomically(folder.config, config.to_yaml().encode())
+            stack.enter_context(folder.locked())
+            if clear is not None:
+                stack.push(clear)
         experiment, state, records = _prepare(config, folder)
         session = stack.enter_context(config.engine.open(experiment))
         loop = _Loop(experiment, session, observer or Observer(), folder, began, records)
@@ -125,19 +128,23 @@ def run(
         summary = _summarise(loop, state)
     if folder is not None:
         folder.write_json("result.json", summary)
-        write_report([folder.path], folder.report)
+        partial = folder.report.with_name(f".{folder.report.name}.partial")
+        os.replace(write_report([folder.path], partial), folder.report)  # whole once it is there
     return Result(config, state, loop.records, summary, folder.path if folder else None)
 
 
 def _remove_on_mistake(folder: RunDirectory) -> Callable[..., None]:
     """Return an exit callback that removes what a run with a mistake in its recipe has written."""
-    existed = folder.path.exists()
+    missing = [path for path in (folder.path, *folder.path.parents) if not path.exists()]
 
     def leave(kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None and issubclass(kind, FederaError) and not folder.state.exists():
             shutil.rmtree(folder.path)
-            if existed:
+            if not missing:
                 folder.path.mkdir()
+            with suppress(OSError):  # somebody else may have put something there
+                for parent in missing[1:]:
+                    parent.rmdir()
 
     return leave
 
@@ -283,7 +290,9 @@ def _outputs(loop: _Loop, params: State) -> list[Any]:
 def _own_heads(loop: _Loop, params: State) -> list[float]:
     """Return the primary metric of every client with its own head (of 200 drawn ones, if there are more)."""
     experiment, config = loop.experiment, loop.config
-    clients = np.arange(len(experiment.parts))[:MAX_CLIENTS_WITH_OWN_HEAD]
+    clients, limit = np.arange(len(experiment.parts)), MAX_CLIENTS_WITH_OWN_HEAD
+    if len(clients) > limit:
+        clients = np.sort(generator(config.seed, "own-heads").choice(clients, limit, replace=False))
     scores = []
     for done, client in enumerate(clients, 1):
         rows = experiment.client_rows(int(client))
@@ -291,7 +300,11 @@ def _own_heads(loop: _Loop, params: State) -> list[float]:
             batches = experiment.batches(rows)
             last = Job(config.rounds + 1, int(client), 0, 0.0)  # after every round: what it kept last
             outputs = [o for out in loop.session.predict(params, batches, last) for o in out]
-            scores.append(config.task.score(outputs, experiment.evaluation, np.concatenate(batches))[config.task.primary])
+            scores.append(
+                config.task.score(outputs, experiment.evaluation, np.concatenate(batches))[
+                    config.task.primary
+                ]
+            )
         loop.observer.evaluating(done, len(clients))
     return scores
 
@@ -337,7 +350,11 @@ def _per_client(loop: _Loop, params: State) -> dict[str, float] | None:
                 scores.append(config.task.score(own, experiment.evaluation, rows)[config.task.primary])
     if not scores:
         return None
-    return {"mean": float(np.mean(scores)), "p10": float(np.percentile(scores, 10)), "worst": float(min(scores))}
+    return {
+        "mean": float(np.mean(scores)),
+        "p10": float(np.percentile(scores, 10)),
+        "worst": float(min(scores)),
+    }
 
 
 def _target(target: float | None, metric: str, records: Iterable[Record]) -> dict[str, float] | None:
@@ -358,38 +375,3 @@ def partition_summary(experiment: Experiment) -> dict[str, Any]:
         "groups": experiment.group_names,
         "counts": experiment.counts.tolist(),
     }
-
-
-def environment() -> dict[str, Any]:
-    """Return versions, hardware and commit, for `environment.json`."""
-    packages = ("federa", "torch", "transformers", "tokenizers", "datasets", "numpy", "safetensors", "peft")
-    versions = {}
-    for package in packages:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    here = Path(__file__).resolve().parent
-    try:
-        ask = ["git", "-C", str(here), "rev-parse", "HEAD"]
-        commit = subprocess.run(ask, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        commit = ""
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "processor": _processor(),
-        "cores": available_cores(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
-        "commit": commit,
-        "versions": versions,
-    }
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor()

@@ -60,14 +60,14 @@ def _faults(update: Update, params: State, max_norm: float) -> Iterator[str]:
             yield f"wrong dtype ({name!r}: {tensor.dtype}, expected torch.float32)"
     if not (math.isfinite(update.weight) and update.weight > 0):
         yield f"weight {update.weight} is not a positive number"
-    for name, value in update.metrics.items():
-        if not math.isfinite(value):
-            yield f"metric {name!r} is {value}, not a number"
     length = norm(update.delta)
     if not math.isfinite(length):
         yield "not finite (NaN or Inf in the update)"
     elif length > max_norm:
         yield f"norm {length:.3g} exceeds max_update_norm {max_norm:g}"
+    for name, value in update.metrics.items():
+        if not math.isfinite(value):
+            yield f"metric {name!r} is {value}, not a finite number"
 
 
 @dataclass(slots=True)
@@ -118,10 +118,10 @@ def finish_round(
         weight_sum += update.weight
     needed = max(1, math.ceil(config.min_success * len(jobs)))
     if summary.accepted < needed:
-        reasons = sorted({v for v in summary.verdicts.values() if v != OK}) or ["no update came"]
+        rejected = [f"client {c}: {v}" for c, v in sorted(summary.verdicts.items()) if v != OK]
         raise RoundFailedError(
-            f"round {state.round + 1}: {summary.accepted} of {len(jobs)} updates counted, min_success asks for "
-            f"{needed}; {reasons[0]}. The last good state is kept"
+            f"round {state.round + 1}: {summary.accepted} of {len(jobs)} updates counted, min_success asks "
+            f"for {needed}; {'; '.join(rejected) or 'no update came'}. The last good state is kept"
         )
     summary.loss = loss_sum / weight_sum
     delta = config.aggregator.finish(accumulator)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import yaml
+
 from federa.data.datasets import read_table
 from federa.registry import nearest
 from federa.state import write_atomically
@@ -58,6 +60,7 @@ aggregator: mean        # mean, median, trimmed_mean, clipped_mean
 server_optimizer: sgd   # sgd (plain averaging), momentum, adam, yogi
 engine: processes       # processes (one worker a core) or serial
 """
+NO_TEST = "  # test: test.csv      # without one, a fifth of train is held out\n"
 
 
 def write_recipe(
@@ -76,7 +79,8 @@ def write_recipe(
         to: the file, which must not exist.
         train: the training file.
         test: the test file, if there is one.
-        text_column: found by its name or its content if not given; `label_column` likewise.
+        text_column: found by its name if not given.
+        label_column: likewise.
         model: the encoder.
         clients: of the simulated federation.
 
@@ -87,26 +91,37 @@ def write_recipe(
         raise FederaError(f"{to} exists; give another name, or remove it")
     table = read_table(train, "--train")
     columns: list[str] = list(table.column_names)
+    if test is not None:
+        read_table(test, "--test")
+    if clients < 1:
+        raise FederaError(f"--clients {clients}: at least one is needed")
     for given in (text_column, label_column):
         if given is not None and given not in columns:
-            raise FederaError(f"{train} has no column {given!r}{nearest(given, columns)}; it has {', '.join(columns)}")
+            hint = nearest(given, columns)
+            raise FederaError(f"{train} has no column {given!r}{hint}; it has {', '.join(columns)}")
     text = text_column or next((c for c in _TEXT_NAMES if c in columns), None)
     label = label_column or next((c for c in _LABEL_NAMES if c in columns), None)
     if text is None or label is None:
         missing = "--text-column" if text is None else "--label-column"
-        raise FederaError(f"cannot tell which column of {train} is which; give {missing} ({', '.join(columns)})")
+        known = ", ".join(columns)
+        raise FederaError(f"cannot tell which column of {train} is which; give {missing} ({known})")
     content = TEMPLATE.format(
         name=to.name,
-        model=model,
-        train=_absolute(train),
-        test=f"  test: {_absolute(test)}\n" if test else "  # test: test.csv      # without one, a fifth of train is held out\n",
-        text=text,
-        label=label,
+        model=_scalar(_absolute(model) if Path(model).expanduser().is_dir() else model),
+        train=_scalar(_absolute(train)),
+        test=f"  test: {_scalar(_absolute(test))}\n" if test else NO_TEST,
+        text=_scalar(text),
+        label=_scalar(label),
         clients=clients,
         cohort=min(5, clients),
     )
     write_atomically(to, content.encode())
     return to
+
+
+def _scalar(text: str) -> str:
+    """Return a word as YAML that reads back as this very word: as it is, or in quotes."""
+    return yaml.safe_dump([text], allow_unicode=True, width=10**6)[2:].rstrip()
 
 
 def _absolute(path: str) -> str:

@@ -70,7 +70,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 def save_state(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write tensors and string metadata to a safetensors file, atomically."""
     whole = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    write_atomically(path, save(whole, metadata=dict(metadata)))
+    write_atomically(path, save(whole, metadata=dict(metadata) or None))
 
 
 def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

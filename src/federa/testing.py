@@ -122,13 +122,14 @@ def check_method(method: Method, model_factory: Callable[[], nn.Module] | None =
 
     Args:
         method: its fields, `rank` for example, must fit the model.
-        model_factory: returns the same fresh sequence classifier of transformers at every call, of 50 tokens or
-            more; by default a BERT of two layers of width 64.
+        model_factory: returns the same fresh sequence classifier of transformers at every call, of 50 tokens
+            or more; by default a BERT of two layers of width 64.
 
     Raises:
         AssertionError: what the method broke.
     """
-    pristine, server, again, client, merged = (fresh().eval() for fresh in [model_factory or _small_bert] * 5)
+    build = model_factory or _small_bert
+    pristine, server, again, client, merged = (build().eval() for _ in range(5))
     names = [name for name, _ in pristine.named_parameters()]
     head = frozenset(name for name in names if not name.startswith(f"{pristine.base_model_prefix}."))
     data = _random_examples(pristine.config.num_labels)
@@ -141,7 +142,9 @@ def check_method(method: Method, model_factory: Callable[[], nn.Module] | None =
     _check_same([_tensors(again)], [_tensors(server)], "the start depends on more than setup.seed")
     taken = method.prepare(client, Setup(head, seed=5, init=load(save(start))))
     _check_same([taken], [start], "setup.init is not taken to the bit")
-    _check_same([_tensors(client)], [_tensors(server)], "a model prepared from setup.init is not the server's")
+    _check_same(
+        [_tensors(client)], [_tensors(server)], "a model prepared from setup.init is not the server's"
+    )
 
     trainer = _trainer(method, server, head)
     before = [_copy(start), _copy(_frozen(server))]
@@ -159,7 +162,9 @@ def check_method(method: Method, model_factory: Callable[[], nn.Module] | None =
         for model in (again, merged):
             model.load_state_dict(trained, strict=False)
         method.merge(merged)
-        assert [name for name, _ in merged.named_parameters()] == names, "merge() leaves other names than it found"
+        assert [name for name, _ in merged.named_parameters()] == names, (
+            "merge() leaves other names than it found"
+        )
         _check_logits(merged, again, data, "merge() changes the output")
     _check_config(method, METHODS)
 
@@ -223,7 +228,9 @@ def _check_start(method: Method, start: State, model: nn.Module, head: frozenset
     shared = [name for name, tensor in start.items() if tensor.data_ptr() == trains[name].data_ptr()]
     assert not shared, f"the state is no copy: it shares memory with the model ({shared[0]})"
     expected = frozenset[str]() if method.head == "freeze" else head
-    assert head & start.keys() == expected, f"head={method.head}, but the state has {sorted(head & start.keys())}"
+    assert head & start.keys() == expected, (
+        f"head={method.head}, but the state has {sorted(head & start.keys())}"
+    )
 
 
 def _check_deltas(deltas: Sequence[State], start: State, trainer: Trainer, head: frozenset[str]) -> None:
@@ -237,10 +244,10 @@ def _check_deltas(deltas: Sequence[State], start: State, trainer: Trainer, head:
     assert any(not torch.equal(deltas[0][name], deltas[1][name]) for name in own), "all clients send the same"
 
 
-@torch.no_grad()
 def _check_logits(model: nn.Module, expected: nn.Module, data: Encoded, message: str) -> None:
     inputs = data.batch(np.arange(len(data)), torch.device("cpu"), labels=False)
-    ours, theirs = (m.eval()(**inputs).logits for m in (model, expected))
+    with torch.no_grad():
+        ours, theirs = (m.eval()(**inputs).logits for m in (model, expected))
     worst = float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1))
     assert worst <= LOGIT_TOLERANCE, f"{message}: off by {worst:.1e}"
 

@@ -26,7 +26,9 @@ class TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise FederaError("track: tensorboard needs its package: pip install 'federa[tensorboard]'") from error
+            raise FederaError(
+                "track: tensorboard needs its package: pip install 'federa[tensorboard]'"
+            ) from error
         self._writer = SummaryWriter(str(folder / "tensorboard"))
 
     def log(self, record: Record) -> None:

@@ -33,7 +33,9 @@ def test_the_output_is_what_it_was_and_only_adapters_train(load, setup_for, batc
         assert parameter.requires_grad == (name in state), name
         if name in pristine:
             assert torch.equal(parameter, pristine[name]), name
-    assert set(pristine) <= {n for n, _ in loaded.model.named_parameters()}, "no name of the checkpoint changes"
+    assert set(pristine) <= {n for n, _ in loaded.model.named_parameters()}, (
+        "no name of the checkpoint changes"
+    )
 
 
 def test_places(load, setup_for):
@@ -45,7 +47,9 @@ def test_places(load, setup_for):
         found[placement] = list(adapters(loaded.model))
     layers = ["bert.encoder.layer.0", "bert.encoder.layer.1"]
     assert found["pfeiffer"] == [f"{layer}.output.dense" for layer in layers]
-    assert found["houlsby"] == [f"{layer}.{e}" for layer in layers for e in ("attention.output.dense", "output.dense")]
+    assert found["houlsby"] == [
+        f"{layer}.{e}" for layer in layers for e in ("attention.output.dense", "output.dense")
+    ]
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,10 @@ def test_the_output_of_real_minilm_is_what_it_was():
     labels = ["a", "b", "c", "d"]
     loaded = load_pretrained(ModelConfig(), "AutoModelForSequenceClassification", labels, seed=0)
     loaded.model.eval()
-    texts = ["The cup final went to penalties.", "A new chip doubles the memory of laptops, at half the power."]
+    texts = [
+        "The cup final went to penalties.",
+        "A new chip doubles the memory of laptops, at half the power.",
+    ]
     inputs = loaded.tokenizer(texts, padding=True, return_tensors="pt")
     with torch.no_grad():
         before = loaded.model(**inputs, output_hidden_states=True)
@@ -177,7 +180,9 @@ def test_a_client_derives_the_residual_to_the_bit_and_runs_no_svd(load, setup_fo
     torch.set_num_threads(2)
     again = method.prepare(client.model, setup_for(client, init={k: v.clone() for k, v in state.items()}))
     assert fingerprint(again) == fingerprint(state)
-    assert fingerprint(dict(client.model.named_parameters())) == fingerprint(dict(server.model.named_parameters()))
+    assert fingerprint(dict(client.model.named_parameters())) == fingerprint(
+        dict(server.model.named_parameters())
+    )
     assert torch.get_num_threads() == 2, "the number of threads is put back"
 
 
@@ -204,7 +209,10 @@ def test_the_state_is_a_copy(load, setup_for):
     ("change", "message"),
     [
         (lambda state: state | {"strange": torch.zeros(1)}, "'strange', which this method does not train"),
-        (lambda state: state | {f"{QUERY}.lora_A": torch.zeros(3, 32)}, r"shape \(3, 32\), expected \(4, 32\)"),
+        (
+            lambda state: state | {f"{QUERY}.lora_A": torch.zeros(3, 32)},
+            r"shape \(3, 32\), expected \(4, 32\)",
+        ),
         (lambda state: {k: v for k, v in state.items() if k != f"{QUERY}.lora_B"}, "lacks .*query.lora_B"),
         (lambda state: {k: v for k, v in state.items() if k != "classifier.bias"}, "lacks 'classifier.bias'"),
     ],
@@ -227,7 +235,9 @@ def test_a_second_run_takes_the_start_from_the_cache(load, setup_for, no_svd, tm
     no_svd()
     cached = method.prepare(second.model, setup_for(second, seed=99, cache=tmp_path))
     assert fingerprint(cached) == fingerprint(computed) == fingerprint(expected)
-    assert fingerprint(dict(second.model.named_parameters())) == fingerprint(dict(apart.model.named_parameters()))
+    assert fingerprint(dict(second.model.named_parameters())) == fingerprint(
+        dict(apart.model.named_parameters())
+    )
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"nonsense" * 40])

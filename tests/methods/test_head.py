@@ -70,16 +70,25 @@ def test_a_client_that_was_sent_no_head_starts_from_the_common_one(load, setup_f
     server, client, strict = load(), load(), load()
     state = METHODS.parse({"name": "lora", "head": "local"}).prepare(server.model, setup_for(server))
     sent = {name: tensor for name, tensor in state.items() if name not in HEAD}
-    again = METHODS.parse({"name": "lora", "head": "local"}).prepare(client.model, setup_for(client, init=sent))
+    again = METHODS.parse({"name": "lora", "head": "local"}).prepare(
+        client.model, setup_for(client, init=sent)
+    )
     assert set(again) == set(state)
     assert all(torch.equal(again[name], state[name]) for name in state)
-    with pytest.raises(FederaError, match="lacks 'classifier.bias'"):
+    with pytest.raises(FederaError, match=r"lacks 'classifier\.bias'"):
         METHODS.parse("lora").prepare(strict.model, setup_for(strict, init=sent))
 
 
 def test_the_head_may_have_its_own_learning_rate(recipe):
     """With SGD the step is proportional to the rate: ten times the head's rate, ten times its step."""
-    client = {**recipe["client"], "optimizer": "sgd", "clip_norm": 0, "max_steps": 1, "dropout": 0.0, "lr": 0.01}
+    client = {
+        **recipe["client"],
+        "optimizer": "sgd",
+        "clip_norm": 0,
+        "max_steps": 1,
+        "dropout": 0.0,
+        "lr": 0.01,
+    }
     updates = {}
     for head_lr in (None, 0.1):
         changed = {**recipe, "client": {**client, "head_lr": head_lr}, "method": {"name": "ft"}}

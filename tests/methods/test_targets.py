@@ -26,7 +26,14 @@ NAMES = {
     ),
     "distilbert": (
         "distilbert.transformer.layer",
-        ("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin", "ffn.lin1", "ffn.lin2"),
+        (
+            "attention.q_lin",
+            "attention.k_lin",
+            "attention.v_lin",
+            "attention.out_lin",
+            "ffn.lin1",
+            "ffn.lin2",
+        ),
     ),
     "modernbert": ("model.layers", ("attn.Wqkv", "attn.Wqkv", "attn.Wqkv", "attn.Wo", "mlp.Wi", "mlp.Wo")),
 }
@@ -67,7 +74,9 @@ def test_found_in_the_models_order_and_once(load):
     assert found == [f"bert.encoder.layer.{i}.attention.self.{n}" for i in (0, 1) for n in ("query", "value")]
 
 
-@pytest.mark.parametrize("wrong", ["queri", "uery", "quer", "classifier", "pooler.dense", "LayerNorm", "que.y"])
+@pytest.mark.parametrize(
+    "wrong", ["queri", "uery", "quer", "classifier", "pooler.dense", "LayerNorm", "que.y"]
+)
 def test_an_unknown_target_lists_the_known_ones(load, setup_for, wrong):
     loaded = load()
     with pytest.raises(FederaError) as error:

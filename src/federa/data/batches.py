@@ -78,6 +78,7 @@ class Encoded:
         if labels and isinstance(self.labels, Ragged):
             inputs["labels"] = self.labels.padded(rows, IGNORED_LABEL)
         elif labels:
+            assert not isinstance(self.labels, Ragged)
             inputs["labels"] = torch.from_numpy(self.labels[rows])
         return {name: t.to(device, non_blocking=True) for name, t in inputs.items()}
 

@@ -76,16 +76,23 @@ def read_table(path: str, what: str) -> Any:
     kind = _FORMATS.get(file.suffix.lower())
     if kind is None:
         raise FederaError(f"{what}: {path} is not of a known format ({', '.join(_FORMATS)})")
-    options: dict[str, Any] = {"sep": "\t"} if file.suffix.lower() == ".tsv" else {}
+    options: dict[str, Any] = {}
+    if kind == "csv":
+        # Only an empty cell is missing: "None" and "NA" may well be labels.
+        options = {"keep_default_na": False, "na_values": [""]}
+        options["sep"] = "\t" if file.suffix.lower() == ".tsv" else ","
     datasets.disable_progress_bars()
     try:
         table = datasets.load_dataset(kind, data_files=str(file), split="train", **options)
     except Exception as error:  # the readers behind it raise a dozen kinds
-        cause = error.__cause__ or error
-        reason = str(cause).strip().split("\n")[0]
+        reason = str(error.__cause__ or error).strip().split("\n")[0]
+        if not reason or "corresponds to no data" in reason or "No columns" in reason:
+            raise FederaError(f"{what}: {path} has no rows") from error
         raise FederaError(f"{what}: cannot read {path} as {kind}: {reason}") from error
     if len(table) == 0:
         raise FederaError(f"{what}: {path} has no rows")
+    if any(name.startswith("__index_level_") for name in table.column_names):
+        raise FederaError(f"{what}: {path} has rows of more cells than its header; quote texts with commas")
     return table
 
 
@@ -122,11 +129,12 @@ def read_bbc_news() -> Any:
     if spec is None or spec.origin is None:
         raise FederaError("data.train 'bbc_news' needs its package: pip install 'federa[quickstart]'")
     root = Path(spec.origin).parent / "bbcnews" / "data"
-    rows: dict[str, str] = {}
+    rows: dict[str, tuple[str, str]] = {}  # by its words: two repeated documents differ in spaces only
     for file in sorted(root.glob("**/*.txt")):
         text = file.read_text(encoding="utf-8", errors="replace").strip()
-        rows.setdefault(text, file.parent.name)
-    return datasets.Dataset.from_dict({"text": list(rows), "label": list(rows.values())})
+        rows.setdefault(" ".join(text.split()), (text, file.parent.name))
+    texts, labels = zip(*rows.values(), strict=True)
+    return datasets.Dataset.from_dict({"text": texts, "label": labels})
 
 
 def read_splits(config: DataConfig) -> Splits:
@@ -135,28 +143,12 @@ def read_splits(config: DataConfig) -> Splits:
     Raises:
         FederaError: a file or column that is not there.
     """
-    source = Path(config.train).expanduser()
-    if config.train == EMBEDDED:
-        tables = {"train": read_bbc_news()}
-    elif source.is_dir():
-        tables = _read_folder(source)
-    elif source.is_file() or source.suffix.lower() in _FORMATS:
-        tables = {"train": read_table(config.train, "data.train")}
-    elif config.train.startswith((".", "/", "~")):
-        raise FederaError(f"data.train: {config.train} does not exist")
-    else:
-        tables = _read_hub(config.train, config.subset)
+    tables = _read_source(config)
     for split, path in (("validation", config.validation), ("test", config.test)):
         if path is not None:
             tables[split] = read_table(path, f"data.{split}")
     for split, table in tables.items():
-        for column in (config.text_column, config.text_pair_column, config.label_column):
-            if column is not None and column not in table.column_names:
-                hint = nearest(column, table.column_names)
-                raise FederaError(
-                    f"data: the {split} table has no column {column!r}{hint}; "
-                    f"it has {', '.join(table.column_names)}"
-                )
+        _require_columns(table, split, config)
     if "test" not in tables:
         tables["train"], tables["test"] = _hold_out(tables["train"], config, config.test_fraction)
     if config.evaluate_on == "validation" and "validation" not in tables:
@@ -165,6 +157,30 @@ def read_splits(config: DataConfig) -> Splits:
         tables["train"], tables["validation"] = _hold_out(tables["train"], config, config.validation_fraction)
     train = _sample(tables["train"], config.max_train, config.split_seed)
     return Splits(train, _sample(tables[config.evaluate_on], config.max_test, config.split_seed))
+
+
+def _read_source(config: DataConfig) -> dict[str, Any]:
+    """Return the tables that `data.train` stands for, by split."""
+    source = Path(config.train).expanduser()
+    if config.train == EMBEDDED:
+        return {"train": read_bbc_news()}
+    if source.is_dir():
+        return _read_folder(source)
+    if source.is_file() or source.suffix.lower() in _FORMATS:
+        return {"train": read_table(config.train, "data.train")}
+    if config.train.startswith((".", "/", "~")):
+        raise FederaError(f"data.train: {config.train} does not exist")
+    return _read_hub(config.train, config.subset)
+
+
+def _require_columns(table: Any, split: str, config: DataConfig) -> None:
+    for column in (config.text_column, config.text_pair_column, config.label_column):
+        if column is not None and column not in table.column_names:
+            known = table.column_names
+            raise FederaError(
+                f"data: the {split} table has no column {column!r}{nearest(column, known)}; "
+                f"it has {', '.join(known)}"
+            )
 
 
 def _hold_out(table: Any, config: DataConfig, fraction: float) -> tuple[Any, Any]:

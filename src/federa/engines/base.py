@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol
 
+from pydantic import Field
+
 from federa.registry import Component, Registry
 from federa.types import FederaError, FloatArray, IntArray, Job, State, Update
 
@@ -39,7 +41,7 @@ class Engine(Component, ABC):
         threads: of each worker; None for what the cores allow.
     """
 
-    threads: int | None = None
+    threads: int | None = Field(default=None, ge=1)
 
     @abstractmethod
     def open(self, experiment: Experiment) -> AbstractContextManager[Session]:
@@ -76,8 +78,8 @@ def share_cores(workers: int, threads: int | None) -> int:
     threads = threads or max(1, cores // workers)
     if workers * threads > cores:
         raise FederaError(
-            f"engine: {workers} workers x {threads} threads need more than the {cores} cores of this machine; "
-            "lower engine.workers or engine.threads"
+            f"engine: {workers} workers x {threads} threads need more than the {cores} cores of this machine;"
+            " lower engine.workers or engine.threads"
         )
     return threads
 

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 from pydantic import Field
+from safetensors.torch import load, save
 from torch import Tensor
 
 from federa.engines.base import ENGINES, Engine, Session, available_cores, keep_freed_memory, share_cores
@@ -47,7 +48,9 @@ class SharedState:
     def __init__(self, like: State) -> None:
         self._shapes = {name: t.shape for name, t in like.items()}
         size = sum(t.numel() for t in like.values())
-        self._memory = mmap.mmap(-1, max(4, 4 * size))  # anonymous: gone with the last process, however it ends
+        self._memory = mmap.mmap(
+            -1, max(4, 4 * size)
+        )  # anonymous: gone with the last process, however it ends
         self._flat = torch.frombuffer(self._memory, dtype=torch.float32)[:size]
 
     def views(self) -> dict[str, Tensor]:
@@ -58,8 +61,13 @@ class SharedState:
             start += shape.numel()
         return out
 
+    def fits(self, state: State) -> bool:
+        """Return whether a state has these names and shapes, and is float32."""
+        shapes = {name: t.shape for name, t in state.items()}
+        return shapes == self._shapes and all(t.dtype == torch.float32 for t in state.values())
+
     def write(self, state: State) -> None:
-        """Copy a state in."""
+        """Copy a state in; it must fit."""
         for name, view in self.views().items():
             view.copy_(state[name])
 
@@ -94,8 +102,8 @@ class ProcessesSession:
         """See `Session.train`."""
         self._params.write(params)
         requests: list[_Request] = [{"job": asdict(job)} for job in jobs]
-        for index, (answer, _) in enumerate(self._answers(requests)):
-            delta = self._slots[index % len(self._slots)].read()
+        for index, (answer, payload) in enumerate(self._answers(requests)):
+            delta = load(payload) if payload else self._slots[index % len(self._slots)].read()
             yield Update(jobs[index], delta, answer["weight"], answer["metrics"])
 
     def predict(
@@ -150,16 +158,26 @@ class ProcessesSession:
             os._exit(0)
 
     def _answer(self, request: _Request) -> list[bytes]:
-        """Return a JSON header, and for predictions the float32 outputs."""
+        """Return a JSON header, and where it says so a payload.
+
+        A payload is the float32 outputs of a prediction, or an update that does not fit into shared memory:
+        whether that counts is for the server to say.
+        """
         try:
             if "job" in request:
                 update = self._experiment.train_client(self._params.views(), Job(**request["job"]))
-                self._slots[request["slot"]].write(update.delta)
-                return [json.dumps({"weight": update.weight, "metrics": dict(update.metrics)}).encode()]
+                header = {"weight": update.weight, "metrics": dict(update.metrics)}
+                slot = self._slots[request["slot"]]
+                if slot.fits(update.delta):
+                    slot.write(update.delta)
+                    return [json.dumps(header).encode()]
+                odd = {name: t.clone().contiguous() for name, t in update.delta.items()}
+                return [json.dumps({**header, "payload": True}).encode(), save(odd)]
             keeps = Job(**request["keeps"]) if request["keeps"] else None
             rows = np.array(request["rows"], dtype=np.int64)
             outputs = np.stack(next(self._experiment.predict(self._params.views(), [rows], keeps)))
-            return [json.dumps({"shape": outputs.shape}).encode(), np.ascontiguousarray(outputs).tobytes()]
+            header = {"shape": outputs.shape, "payload": True}
+            return [json.dumps(header).encode(), np.ascontiguousarray(outputs).tobytes()]
         except FederaError as error:
             return [json.dumps({"mistake": str(error)}).encode()]
         except Exception:
@@ -184,10 +202,7 @@ class ProcessesSession:
                         continue
                     deaths[index] += 1
                     if deaths[index] >= MAX_DEATHS:
-                        raise RoundFailedError(
-                            f"{_named(requests[index])}: {MAX_DEATHS} workers died on it one after the other (out "
-                            "of memory?). The last good state is kept"
-                        )
+                        raise _deadly(requests[index])
                     todo.appendleft(index)
                     self._replace(worker)
             yield done.pop(wanted)
@@ -209,7 +224,7 @@ class ProcessesSession:
         """Return a worker's answer, or None if it died before it was whole."""
         try:
             header = json.loads(worker.pipe.recv_bytes())
-            payload = worker.pipe.recv_bytes() if "shape" in header else b""
+            payload = worker.pipe.recv_bytes() if header.get("payload") else b""
         except (EOFError, OSError):
             return None
         worker.busy = None
@@ -229,14 +244,18 @@ class ProcessesSession:
         return self._workers[-1]
 
     def _settle(self) -> None:
-        """Wait for workers that an abandoned iterator left busy: their answers belong to nobody."""
+        """Replace workers that an abandoned iterator left busy: their answers belong to nobody."""
         for worker in [w for w in self._workers if w.busy is not None]:
             self._replace(worker)
 
 
-def _named(request: _Request) -> str:
+def _deadly(request: _Request) -> RoundFailedError:
     job = request.get("job")
-    return f"round {job['round']}, client {job['client_id']}" if job else "evaluation"
+    what = f"round {job['round']}: client {job['client_id']}" if job else "evaluation"
+    return RoundFailedError(
+        f"{what}: {MAX_DEATHS} workers died on it one after the other (out of memory?). "
+        "The last good state is kept"
+    )
 
 
 def _die_with_parent() -> None:

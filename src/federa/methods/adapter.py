@@ -17,7 +17,7 @@ from federa.seeds import torch_seeded
 _ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "tanh": torch.tanh}
 
 
-class AdapterLinear(nn.Linear):
+class AdapterLinear(nn.Linear):  # type: ignore[misc, unused-ignore]
     """The last linear map of a sub-layer, followed by a bottleneck with a skip connection.
 
     Attributes:

@@ -82,18 +82,17 @@ class FeDeRA(Method):
         inject_lora(model, self.targets, self.rank, scale_of(self.alpha, self.rank), setup.seed)
         return is_factor
 
-    @torch.no_grad()
     def start(self, model: nn.Module, setup: Setup) -> None:
         """Set the factors by SVD (or take the sent ones), and the frozen weights to the residual.
 
         A client never runs an SVD: it subtracts the product of the factors that it was sent.
         """
-        if setup.init is None:
-            factors = self._factors(model, setup)
-            for name, layer in lora_layers(model):
-                layer.lora_A.copy_(factors[f"{name}.lora_A"])
-                layer.lora_B.copy_(factors[f"{name}.lora_B"])
-        with _one_thread():
+        with torch.no_grad(), _one_thread():
+            if setup.init is None:
+                factors = self._factors(model, setup)
+                for name, layer in lora_layers(model):
+                    layer.lora_A.copy_(factors[f"{name}.lora_A"])
+                    layer.lora_B.copy_(factors[f"{name}.lora_B"])
             for _, layer in lora_layers(model):
                 layer.weight.sub_(layer.product())
 
@@ -116,11 +115,10 @@ class FeDeRA(Method):
             if set(cached) == {f"{layer}.lora_{f}" for layer in layers for f in "AB"}:
                 return cached
         factors = {}
-        with _one_thread():
-            for index, (layer_name, layer) in enumerate(layers.items()):
-                chosen = self._choose(layer, setup.seed, index)
-                a, b = singular_factors(layer.weight, chosen, layer.scale)
-                factors[f"{layer_name}.lora_A"], factors[f"{layer_name}.lora_B"] = a, b
+        for index, (layer_name, layer) in enumerate(layers.items()):
+            chosen = self._choose(layer, setup.seed, index)
+            a, b = singular_factors(layer.weight, chosen, layer.scale)
+            factors[f"{layer_name}.lora_A"], factors[f"{layer_name}.lora_B"] = a, b
         if file is not None:
             save_state(file, factors, {"base": setup.base})
         return factors

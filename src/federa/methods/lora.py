@@ -24,7 +24,7 @@ DEFAULT_TARGETS = ("query", "value")
 DEFAULT_RANK = 32  # on query and value: 0.95 % of roberta-base
 
 
-class LoRALinear(nn.Linear):
+class LoRALinear(nn.Linear):  # type: ignore[misc, unused-ignore]
     """A linear map with low-rank factors: `x W' + b` with `W' = W + scale * B A`.
 
     Attributes:
@@ -79,7 +79,13 @@ def scale_of(alpha: float | None, rank: int, *, rslora: bool = False) -> float:
 
 
 def inject_lora(
-    model: nn.Module, targets: tuple[str, ...] | str, rank: int, scale: float, seed: int, *, dora: bool = False
+    model: nn.Module,
+    targets: tuple[str, ...] | str,
+    rank: int,
+    scale: float,
+    seed: int,
+    *,
+    dora: bool = False,
 ) -> list[str]:
     """Give the target matrices factors in place: A uniform as in Hu et al.'s code, B zero.
 
@@ -93,9 +99,8 @@ def inject_lora(
     with torch_seeded(seed), torch.no_grad():
         for name, layer in found.items():
             if rank > min(layer.weight.shape):
-                raise FederaError(
-                    f"method.rank: {rank} is larger than the smaller side of {name} {tuple(layer.weight.shape)}"
-                )
+                shape = tuple(layer.weight.shape)
+                raise FederaError(f"method.rank: {rank} is larger than the smaller side of {name} {shape}")
             layer.__class__ = LoRALinear
             assert isinstance(layer, LoRALinear)
             layer.scale = scale
@@ -113,11 +118,11 @@ def is_factor(name: str) -> bool:
     return name.endswith((".lora_A", ".lora_B", ".magnitude"))
 
 
-@torch.no_grad()
 def merge_lora(model: nn.Module) -> None:
     """Turn every LoRA layer back into a plain linear map with the same output, in place."""
     for _, layer in list(lora_layers(model)):
-        layer.weight.copy_(layer.merged_weight())
+        with torch.no_grad():
+            layer.weight.copy_(layer.merged_weight())
         del layer.lora_A, layer.lora_B, layer.magnitude, layer.scale
         layer.__class__ = nn.Linear
 

@@ -31,12 +31,12 @@ class Classification(Task):
         feature = table.features[data.label_column]
         if hasattr(feature, "names"):
             return list(feature.names)
-        values = sorted(set(table[data.label_column]))
-        if any(value is None for value in values):
+        values = set(table[data.label_column])
+        if None in values:
             raise FederaError(f"data.label_column: {data.label_column!r} has empty cells")
         if len(values) < 2:
-            raise FederaError(f"data.label_column: {data.label_column!r} has {len(values)} value; two are needed")
-        return [str(value) for value in values]
+            raise FederaError(f"data.label_column: {data.label_column!r} has one value only; two are needed")
+        return [str(value) for value in sorted(values)]
 
     def encode(self, table: Any, data: DataConfig, tokenizer: Any, labels: Sequence[str]) -> Encoded:
         """Tokenise texts and number the labels."""
@@ -81,7 +81,7 @@ def label_ids(table: Any, data: DataConfig, labels: Sequence[str]) -> IntArray:
     values = table[data.label_column]
     if hasattr(table.features[data.label_column], "names"):
         ids = np.asarray(values, dtype=np.int64)
-        if len(ids) and not (0 <= ids.min() and ids.max() < len(labels)):
+        if len(ids) and (ids.min() < 0 or ids.max() >= len(labels)):
             raise FederaError(f"data.label_column: a label id outside 0..{len(labels) - 1}")
         return ids
     known = {label: i for i, label in enumerate(labels)}

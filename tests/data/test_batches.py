@@ -1,0 +1,134 @@
+"""Every row exactly once an epoch, padded to its batch and masked; evaluation loses nothing."""
+
+import numpy as np
+import pytest
+import torch
+
+from federa.data.batches import IGNORED_LABEL, Encoded, Ragged, evaluation_batches, training_batches
+
+CPU = torch.device("cpu")
+ROWS = [[5, 6, 7], [8], [9, 10, 11, 12], [13, 14]]
+
+
+def encoded(labels=(0, 1, 2, 1), **features):
+    features = {name: Ragged.from_rows(rows) for name, rows in {"input_ids": ROWS, **features}.items()}
+    labels = Ragged.from_rows(labels) if isinstance(labels[0], list) else np.array(labels)
+    return Encoded(features, labels, {"input_ids": 33, "token_type_ids": 0})
+
+
+# Flat rows
+
+
+def test_ragged_keeps_the_rows():
+    ragged = Ragged.from_rows(ROWS)
+    assert len(ragged) == 4
+    assert ragged.lengths().tolist() == [3, 1, 4, 2]
+    assert ragged.values.dtype == np.int32 and ragged.values.tolist() == list(range(5, 15))
+    assert ragged.offsets.tolist() == [0, 3, 4, 8, 10]
+
+
+def test_ragged_of_empty_rows():
+    ragged = Ragged.from_rows([[], [1], []])
+    assert ragged.lengths().tolist() == [0, 1, 0]
+    assert ragged.padded(np.array([0, 1, 2]), 7).tolist() == [[7], [1], [7]]
+    assert len(Ragged.from_rows([])) == 0
+
+
+def test_padded_to_the_longest_of_the_batch_at_the_right():
+    ragged = Ragged.from_rows(ROWS)
+    out = ragged.padded(np.array([3, 0]), fill=-1)
+    assert out.dtype == torch.int64
+    assert out.tolist() == [[13, 14, -1], [5, 6, 7]]
+    assert ragged.padded(np.array([1]), fill=-1).tolist() == [[8]]
+
+
+# Batches of tensors
+
+
+def test_batch():
+    inputs = encoded(token_type_ids=[[0, 0, 1], [0], [0, 1, 1, 1], [0, 1]]).batch(np.array([2, 1, 0]), CPU)
+    assert set(inputs) == {"input_ids", "token_type_ids", "attention_mask", "labels"}
+    assert inputs["input_ids"].tolist() == [[9, 10, 11, 12], [8, 33, 33, 33], [5, 6, 7, 33]]
+    assert inputs["token_type_ids"].tolist() == [[0, 1, 1, 1], [0, 0, 0, 0], [0, 0, 1, 0]]
+    assert inputs["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 1, 0]]
+    assert inputs["labels"].tolist() == [2, 1, 0]
+    assert {t.dtype for t in inputs.values()} == {torch.int64}
+
+
+def test_batch_without_labels():
+    assert set(encoded().batch(np.array([0, 1]), CPU, labels=False)) == {"input_ids", "attention_mask"}
+
+
+def test_labels_of_tokens_are_padded_with_what_the_loss_skips():
+    inputs = encoded(labels=[[0, 1, 0], [2], [1, 1, 1, 1], [2, 0]]).batch(np.array([0, 1]), CPU)
+    assert inputs["labels"].tolist() == [[0, 1, 0], [2, -100, -100]]
+    assert torch.nn.CrossEntropyLoss().ignore_index == IGNORED_LABEL
+
+
+def test_padding_does_not_change_what_a_model_says(encoder):
+    """The mask is right: a row alone, unpadded, gives the logits that it gives in a batch."""
+    import transformers
+
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(
+        encoder("bert"), num_labels=3
+    ).eval()
+    data = encoded()
+    together = model(**data.batch(np.arange(4), CPU)).logits
+    for row in range(4):
+        alone = model(**data.batch(np.array([row]), CPU)).logits[0]
+        torch.testing.assert_close(alone, together[row], atol=1e-6, rtol=1e-5)
+
+
+# An epoch
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 64, 65, 200])
+@pytest.mark.parametrize("batch_size", [1, 8, 50])
+def test_every_row_exactly_once_an_epoch(count, batch_size):
+    rows = np.arange(1000, 1000 + count)
+    lengths = np.random.default_rng(1).integers(1, 90, 1000 + count)
+    batches = list(training_batches(rows, lengths, batch_size, np.random.default_rng(0)))
+    assert sorted(np.concatenate(batches).tolist()) == rows.tolist()
+    assert len(batches) == -(-count // batch_size), "no more steps than the rows ask for"
+    assert sorted({len(batch) for batch in batches})[-1] == min(batch_size, count)
+    assert sum(len(batch) < batch_size for batch in batches) <= 1, "only one batch is short"
+
+
+def test_epochs_are_random_and_seeded():
+    rows, lengths = np.arange(64), np.ones(64, dtype=np.int64)
+    first, again, other = (
+        list(training_batches(rows, lengths, 8, np.random.default_rng(s))) for s in (0, 0, 1)
+    )
+    assert all(map(np.array_equal, first, again))
+    assert not all(map(np.array_equal, first, other))
+    rng = np.random.default_rng(0)
+    epochs = [[frozenset(b.tolist()) for b in training_batches(rows, lengths, 8, rng)] for _ in range(2)]
+    assert not set(epochs[0]) & set(epochs[1]), "batches are made up anew"
+    assert np.array_equal(rows, np.arange(64)), "the client's rows are left alone"
+
+
+def test_batches_hold_examples_of_like_length():
+    lengths = np.random.default_rng(1).integers(1, 129, 512)
+    padded = {}
+    for name, batches in {
+        "ours": list(training_batches(np.arange(512), lengths, 16, np.random.default_rng(0))),
+        "plain": np.split(np.random.default_rng(0).permutation(512), 32),
+    }.items():
+        padded[name] = sum(len(b) * lengths[b].max() for b in batches) / lengths.sum()
+    assert padded["plain"] > 1.7
+    assert padded["ours"] < 1.2
+
+
+def test_batches_do_not_come_in_order_of_length():
+    lengths = np.arange(64)
+    means = [lengths[b].mean() for b in training_batches(np.arange(64), lengths, 8, np.random.default_rng(0))]
+    assert means != sorted(means)
+    assert means != sorted(means, reverse=True)
+
+
+def test_evaluation_batches():
+    lengths = np.array([3, 9, 1, 9, 5, 2, 7])
+    rows = np.array([0, 1, 2, 3, 4, 6])
+    batches = evaluation_batches(rows, lengths, 4)
+    assert [b.tolist() for b in batches] == [[1, 3, 6, 4], [0, 2]], "longest first, ties in order"
+    assert evaluation_batches(np.array([], dtype=np.int64), lengths, 4) == []

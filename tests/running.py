@@ -1,0 +1,107 @@
+"""What the tests of runs share: a command line in this process, comparisons of runs, and forked crashes."""
+
+import hashlib
+import importlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from federa.cli import main
+from federa.config import RunConfig, parse_config
+from federa.experiment import Experiment, build_experiment
+from federa.types import Record, State
+
+loop = importlib.import_module("federa.run")  # the module: the name in the package is the function's
+
+
+def build(recipe: Mapping[str, Any], **changes: Any) -> Experiment:
+    """Return the experiment of a recipe with keys changed; `a__b` stands for the dotted key `a.b`."""
+    return build_experiment(configure(recipe, **changes))
+
+
+def configure(recipe: Mapping[str, Any], **changes: Any) -> RunConfig:
+    """Return the config of a recipe with keys changed; `a__b` stands for the dotted key `a.b`."""
+    return parse_config(dict(recipe)).replace(**{key.replace("__", "."): v for key, v in changes.items()})
+
+
+def copy(state: State) -> dict[str, torch.Tensor]:
+    """Return a deep copy."""
+    return {name: tensor.clone() for name, tensor in state.items()}
+
+
+def same(state: State, other: State) -> bool:
+    """Return whether two states are equal to the bit."""
+    return state.keys() == other.keys() and all(torch.equal(state[name], other[name]) for name in state)
+
+
+def furthest(state: State, other: State) -> float:
+    """Return the largest difference of two states of the same names."""
+    assert state.keys() == other.keys()
+    return max(float((state[name] - other[name]).abs().max()) for name in state)
+
+
+def steady(records: list[Record]) -> list[Record]:
+    """Return the records without what varies from run to run."""
+    return [{k: v for k, v in record.items() if not k.startswith("seconds")} for record in records]
+
+
+def tree(folder: Path) -> dict[str, tuple[int, str]]:
+    """Return the time of change and the hash of every file below a folder, and its folders."""
+    out = {}
+    for path in sorted(folder.rglob("*")):
+        content = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
+        out[str(path.relative_to(folder))] = (path.stat().st_mtime_ns if path.is_file() else 0, content)
+    return out
+
+
+def federa(*arguments: object) -> int:
+    """Run the command line in this process, and return its exit status."""
+    before, sys.argv = sys.argv, ["federa", *map(str, arguments)]
+    try:
+        main()
+    except SystemExit as leave:
+        return leave.code if isinstance(leave.code, int) else int(leave.code is not None)
+    finally:
+        sys.argv = before
+    return 0
+
+
+def short_reports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let runs write a word for a report: drawing takes longer than the rest of a small run."""
+    monkeypatch.setattr(loop, "write_report", lambda folders, to: (to.write_text("drawn"), to)[1])
+
+
+def forked(action: Callable[[], object]) -> int:
+    """Run an action in a fork of this process; return the signal that ended it, 0 if it came to its end."""
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        try:
+            action()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert not (os.WIFEXITED(status) and os.WEXITSTATUS(status)), "the action raised an exception"
+    return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+
+
+def die() -> None:
+    """End this process as `kill -9` does."""
+    os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
+
+
+def alive(pid: int) -> bool:
+    """Return whether a process still runs; one that waits to be reaped does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except OSError:
+        return False
