@@ -6,7 +6,7 @@ STAMP := .venv/.installed
 .PHONY: demo test setup lint unit clean
 
 demo: $(STAMP)
-	$(BIN)/federa run engine.name=processes --out runs/demo --resume
+	$(BIN)/federa run engine.name=processes task.max_length=64 --out runs/demo --resume
 
 test: lint unit
 

@@ -48,9 +48,9 @@ METHODS = {
 
 @pytest.fixture(scope="module")
 def base_of(encoder, tmp_path_factory):
-    """Return a function from a family to a checkpoint whose matrices are ten times those of a fresh one.
+    """Return a function from a family to a checkpoint of large matrices and random biases.
 
-    Fresh ones are so small that logits hardly depend on the encoder: any export would pass.
+    Fresh ones are so small, or zero, that logits hardly depend on the encoder: any export would pass.
     """
     made = {}
 
@@ -58,10 +58,13 @@ def base_of(encoder, tmp_path_factory):
         if family not in made:
             made[family] = shutil.copytree(encoder(family), tmp_path_factory.mktemp("base") / family)
             model = transformers.AutoModel.from_pretrained(made[family])
+            torch.manual_seed(0)
             with torch.no_grad():
                 for module in model.modules():
                     if isinstance(module, torch.nn.Linear):
                         module.weight.mul_(10)
+                        if module.bias is not None:
+                            module.bias.normal_(std=0.2)
             model.save_pretrained(made[family])
         return made[family]
 

@@ -14,10 +14,11 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from federa.state import load_state, save_state, write_atomically
 from federa.types import FederaError, Record, ServerState, State
@@ -69,10 +70,11 @@ class RunDirectory:
             FederaError: another process is at it.
         """
         with self.config.open("rb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise FederaError(f"{self.path}: another process is running this") from error
+            until = time.monotonic() + 1.0  # the workers of a killed run hold its lock while they die
+            while not _flock(file):
+                if time.monotonic() > until:
+                    raise FederaError(f"{self.path}: another process is running this")
+                time.sleep(0.02)
             yield
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
@@ -151,3 +153,12 @@ class RunDirectory:
         text = "".join(json.dumps(record) + "\n" for record in kept)
         write_atomically(self.metrics, text.encode())
         return kept
+
+
+def _flock(file: BinaryIO) -> bool:
+    """Lock a file if nobody else holds it, and return whether that is so."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

@@ -183,6 +183,9 @@ def _small_bert() -> nn.Module:
     )
     with torch_seeded(0):
         model: nn.Module = transformers.BertForSequenceClassification(config)
+        with torch.no_grad():
+            for vector in (p for p in model.parameters() if p.ndim == 1):
+                vector.add_(torch.randn_like(vector), alpha=0.1)  # biases are zero in a fresh model
     return model
 
 

@@ -16,17 +16,20 @@ LABELS = ("food", "sport", "tech")
 def load(encoder: Callable[[str], Path]) -> Callable[..., Pretrained]:
     """Return a function from a family's name to its small checkpoint, loaded afresh with a seeded head.
 
-    Its matrices are made ten times larger: fresh ones are so small that logits hardly depend on the encoder,
-    and a comparison to 1e-5 would pass whatever a method does.
+    Its matrices are made ten times larger and its biases random: fresh ones are so small, or zero, that logits
+    hardly depend on the encoder, and a comparison to 1e-5 would pass whatever a method does.
     """
 
     def get(family: str = "bert", seed: int = 1, **settings) -> Pretrained:
         config = ModelConfig(name=str(encoder(family)))
         loaded = load_pretrained(config, "AutoModelForSequenceClassification", LABELS, seed=seed, **settings)
+        generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for module in loaded.model.modules():
                 if isinstance(module, torch.nn.Linear):
                     module.weight.mul_(10)
+                    if module.bias is not None:
+                        module.bias.normal_(std=0.2, generator=generator)
         loaded.model.eval()
         return loaded
 
