@@ -1,6 +1,7 @@
 """`--dry-run`: what would be done, without doing it."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ def test_bytes_are_exact_and_nothing_is_trained_or_written(recipe, tmp_path, mon
 def test_seconds_grow_with_what_is_asked_for(recipe, monkeypatch):
     """With a clock that shows a second a step, the estimate can be counted."""
     ticks = iter(range(10**6))
-    monkeypatch.setattr("federa.plan.time.perf_counter", lambda: float(next(ticks)))
+    monkeypatch.setattr("federa.plan.time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
     plan = make_plan(configure(recipe, rounds=3, cohort=3, client__epochs=1, evaluate_every=1))
     middle = sorted(len(part) for part in plan.experiment.parts)[3]
     # A client of `middle` examples takes a second, so does a batch of 64 evaluation rows (of 90).

@@ -169,7 +169,7 @@ def test_observer_is_told_in_order(recipe):
     first = [("updated", 1, 3)] * 3
     halves = [("evaluating", 1, 2), ("evaluating", 2, 2)]
     second = [("updated", 2, 3)] * 3
-    assert heard == [("started", 0), *first, ("finished", 1), *second, *halves, ("finished", 2), *halves]
+    assert heard == [("started", 0), *first, ("finished", 1), *second, *halves, ("finished", 2)]
 
 
 def test_without_a_folder_nothing_is_written(recipe, tmp_path, monkeypatch):

@@ -73,6 +73,7 @@ class _Loop:
     folder: RunDirectory | None
     began: float
     records: list[Record] = field(default_factory=list)
+    evaluated: tuple[State, list[Any]] | None = None
 
     @property
     def config(self) -> RunConfig:
@@ -276,7 +277,9 @@ def evaluate(loop: _Loop, params: State) -> dict[str, float]:
 
 
 def _outputs(loop: _Loop, params: State) -> list[Any]:
-    """Return the outputs for every evaluation row, in order."""
+    """Return the outputs for every evaluation row, in order; those of the last state are kept."""
+    if loop.evaluated is not None and loop.evaluated[0] is params:
+        return loop.evaluated[1]
     rows = np.arange(len(loop.experiment.evaluation))
     batches = loop.experiment.batches(rows)
     outputs: list[Any] = [None] * len(rows)
@@ -284,6 +287,7 @@ def _outputs(loop: _Loop, params: State) -> list[Any]:
         for row, value in zip(batch, out, strict=True):
             outputs[row] = value
         loop.observer.evaluating(done, len(batches))
+    loop.evaluated = (params, outputs)
     return outputs
 
 
