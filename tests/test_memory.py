@@ -24,6 +24,7 @@ from federa.config import parse_config, read_yaml
 import torch
 from federa.aggregators import Mean
 torch.set_num_threads(1)
+federa.tasks.classification.f1_score = lambda *args, **options: 0.0  # a thousand calls of it take their time
 for recipe in sys.argv[1:]:
     child = os.fork()
     if child == 0:
@@ -88,7 +89,6 @@ def test_a_thousand_clients_need_no_more_memory_than_ten(recipe, large, train_cs
     assert process.returncode == 0, process.stderr
     found = dict(zip(made, map(json.loads, process.stdout.splitlines()), strict=True))
     peak = {name: answer["peak"] for name, answer in found.items()}
-    print(peak, found)
     assert [answer["clients"] for answer in found.values()] == [4, 64, 4, 64, 64]
     for method in ("ft", "federa"):
         assert found[f"{method} many"]["bytes"] / 64 > 4e6, (

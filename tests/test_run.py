@@ -31,7 +31,8 @@ def outputs_of(experiment, params, rows, local=None):
     """The outputs of evaluation rows, one call of the model a row: no batches, no padding, no order."""
     trainer = experiment.trainer
     each = [
-        next(iter(trainer.predict(params, experiment.evaluation, [np.array([row])], local)))[0] for row in rows
+        next(iter(trainer.predict(params, experiment.evaluation, [np.array([row])], local)))[0]
+        for row in rows
     ]
     return np.stack(each)
 
@@ -242,11 +243,7 @@ def test_local_heads_stay_with_their_clients(recipe, tmp_path):
     result = run(config, tmp_path / "run")
     experiment = build(recipe, method__head="local")
     head = set(experiment.kept.start)
-    assert (
-        head
-        == {n for n in experiment.trainer.flat.names if n.startswith("classifier")}
-        != set()
-    )
+    assert head == {n for n in experiment.trainer.flat.names if n.startswith("classifier")} != set()
     assert not head & set(result.state.params), "a local head travels"
     assert result.summary["head"] == "local"
     assert result.summary["travelling_parameters"] < result.summary["trainable_parameters"]

@@ -5,12 +5,14 @@ import multiprocessing
 import pytest
 import torch
 
+from federa import run
 from federa.config import RunConfig
 from federa.engines import ENGINES, Serial, base
 from federa.engines.base import available_cores, keep_freed_memory, share_cores
+from federa.engines.serial import SerialSession
 from federa.server import make_jobs
 from federa.types import FederaError
-from running import build, same
+from running import build, configure, same, steady
 
 
 def test_one_update_a_job_in_the_order_of_the_jobs(recipe):
@@ -80,3 +82,17 @@ def test_keeping_freed_memory_is_harmless_anywhere(monkeypatch):
 def test_engines_are_registered_and_serial_is_the_default():
     assert ENGINES.names() == ["processes", "serial"]
     assert RunConfig().engine == Serial(threads=None)
+
+
+def test_the_order_in_which_clients_run_does_not_matter_to_the_bit(recipe, monkeypatch):
+    """A whole run whose clients train last job first; updates come in job order, as an engine must give them."""
+    plain = run(configure(recipe))
+
+    def backwards(self, params, jobs):
+        updates = [self._experiment.train_client(params, job) for job in reversed(jobs)]
+        yield from reversed(updates)
+
+    monkeypatch.setattr(SerialSession, "train", backwards)
+    other = run(configure(recipe))
+    assert same(other.state.params, plain.state.params)
+    assert steady(other.records) == steady(plain.records)
