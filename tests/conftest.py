@@ -6,19 +6,12 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+from small import build_encoder, sentences, small_recipe, write_csv
 
-WORDS = {
-    "sport": ["match", "goal", "team", "player", "win", "cup", "league", "coach", "score", "season"],
-    "tech": ["phone", "software", "chip", "data", "network", "computer", "code", "screen", "laptop", "app"],
-    "food": ["bread", "cheese", "soup", "cook", "kitchen", "taste", "salt", "butter", "dinner", "recipe"],
-}
-FILLER = ["the", "a", "of", "and", "in", "to", "was", "is", "for", "on", "with", "it", "by", "at", "from"]
-FAMILIES = ("bert", "roberta", "deberta-v2", "distilbert", "electra", "modernbert")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -36,28 +29,6 @@ def _threads() -> object:
     torch.set_num_threads(1)
 
 
-def sentences(count: int, seed: int = 0) -> list[dict[str, str]]:
-    """Return labelled sentences that a small model learns: a few words of the class among filler."""
-    rng = np.random.default_rng(seed)
-    rows = []
-    for i in range(count):
-        label = list(WORDS)[i % len(WORDS)]
-        words = [*rng.choice(WORDS[label], rng.integers(2, 5)), *rng.choice(FILLER, rng.integers(2, 9))]
-        rows.append({"text": " ".join(rng.permutation(words)), "label": label})
-    return rows
-
-
-def write_csv(path: Path, rows: list[dict[str, str]]) -> Path:
-    """Write rows as CSV."""
-    import csv
-
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    return path
-
-
 @pytest.fixture(scope="session")
 def train_csv(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """240 sentences of three classes."""
@@ -68,72 +39,6 @@ def train_csv(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_csv(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """90 other sentences."""
     return write_csv(tmp_path_factory.mktemp("data") / "test.csv", sentences(90, seed=1))
-
-
-def build_encoder(family: str, to: Path) -> Path:
-    """Write a small checkpoint of a family: its own architecture, random weights, a word-level tokenizer."""
-    import transformers
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    vocabulary = special + sorted({w for words in WORDS.values() for w in words} | set(FILLER))
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocabulary)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]",
-        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
-    )
-    fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="[PAD]",
-        unk_token="[UNK]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        mask_token="[MASK]",
-        model_max_length=64,
-    )
-    sizes = {"vocab_size": len(vocabulary), "pad_token_id": 0}
-    usual = {
-        **sizes,
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "intermediate_size": 64,
-        "max_position_embeddings": 80,
-    }
-    configs: dict[str, Callable[[], object]] = {
-        "bert": lambda: transformers.BertConfig(**usual),
-        "roberta": lambda: transformers.RobertaConfig(**usual, bos_token_id=2, eos_token_id=3),
-        "deberta-v2": lambda: transformers.DebertaV2Config(
-            **usual,
-            relative_attention=True,
-            pos_att_type=["c2p", "p2c"],
-            position_biased_input=False,
-            share_att_key=True,
-            norm_rel_ebd="layer_norm",
-            position_buckets=16,
-        ),
-        "distilbert": lambda: transformers.DistilBertConfig(
-            **sizes, dim=32, n_layers=2, n_heads=4, hidden_dim=64, max_position_embeddings=80
-        ),
-        "electra": lambda: transformers.ElectraConfig(**usual, embedding_size=32),
-        "modernbert": lambda: transformers.ModernBertConfig(
-            **usual,
-            bos_token_id=2,
-            eos_token_id=3,
-            cls_token_id=2,
-            sep_token_id=3,
-            local_attention=16,
-            global_attn_every_n_layers=2,
-        ),
-    }
-    with torch.random.fork_rng():
-        torch.manual_seed(7)
-        model = transformers.AutoModel.from_config(configs[family]())
-    model.save_pretrained(to)
-    fast.save_pretrained(to)
-    return to
 
 
 @pytest.fixture(scope="session")
@@ -147,22 +52,6 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return made[family]
 
     return get
-
-
-def small_recipe(model: Path, train: Path, test: Path) -> dict[str, object]:
-    """Return a recipe that runs in a second: a small BERT, six clients."""
-    return {
-        "seed": 3,
-        "rounds": 3,
-        "cohort": 3,
-        "model": {"name": str(model)},
-        "data": {"train": str(train), "test": str(test)},
-        "task": {"name": "classification", "max_length": 32},
-        "method": {"name": "federa", "rank": 4},
-        "partition": {"name": "dirichlet", "clients": 6, "alpha": 0.5},
-        "client": {"batch_size": 8, "lr": 3e-3, "precision": "fp32"},
-        "engine": {"name": "serial", "threads": 1},
-    }
 
 
 @pytest.fixture()

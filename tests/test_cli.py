@@ -289,6 +289,8 @@ def test_list_names_every_component_with_its_keys(capsys):
     for kind, registry in REGISTRIES.items():
         assert f"\n{kind}:\n" in f"\n{out}"
         for name in registry.names():
+            if not registry.get(name).__module__.startswith("federa."):
+                continue  # another test's
             line = next(line for line in out.splitlines() if line.startswith(f"  {name} "))
             assert len(line.split(maxsplit=1)[1]) > 10, f"{name} has no description"
     assert "rank=32" in out and "trim=0.1" in out and "alpha=0.5" in out

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import yaml
 
-from conftest import small_recipe
 from federa.compare import COLUMNS, Comparison, compare_methods
 from federa.config import parse_config
 from federa.types import FederaError
+from small import small_recipe
 
 
 def comparison(recipe: dict[str, Any], **changes: Any) -> Comparison:

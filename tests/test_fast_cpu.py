@@ -10,9 +10,9 @@ import torch
 import transformers
 from torch import nn
 
-from conftest import FAMILIES
 from federa.fast_cpu import ATTENTION, FastDropout, apply_mask, cpu_attention, draw_mask, speed_up
 from federa.seeds import torch_seeded
+from small import FAMILIES
 
 
 @pytest.mark.parametrize("rate", [0.01, 0.1, 0.5, 0.9])
