@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from federa.experiment import CLIENT_TEST_EXAMPLES, KeptStates, build_experiment, cache_folder, resolve
+from federa.server import make_jobs
 from federa.types import FederaError, Job
 from running import build, configure, same
 
@@ -19,6 +20,7 @@ def test_sizes_are_counted_by_hand(recipe):
         "trainable_parameters": factors + head,
         "travelling_parameters": factors + head,
         "head_parameters": head,
+        "start_bytes": 4096,
     }
     local = build(recipe, method__head="local").sizes
     assert (local["trainable_parameters"], local["travelling_parameters"]) == (factors + head, factors)
@@ -156,7 +158,8 @@ def test_auto_is_resolved_once_and_kept(recipe):
     resolved = resolve(config)
     assert resolved.client.precision in ("fp32", "bf16")
     assert resolve(resolved) is resolved
-    assert resolved == config.replace(**{"client.precision": resolved.client.precision})
+    assert resolved.device == "cpu"
+    assert resolved == config.replace(**{"client.precision": resolved.client.precision, "device": "cpu"})
 
 
 def test_the_cache_is_where_the_user_says(monkeypatch, tmp_path):
@@ -187,6 +190,27 @@ def test_what_does_not_fit_data_model_or_machine(recipe, changes, message):
     with pytest.raises(FederaError) as raised:
         build(recipe, **changes)
     assert message in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_trained_clients_are_those_of_the_cohorts_so_far(recipe):
+    experiment = build(recipe, cohort=2)
+    sizes = [len(part) for part in experiment.parts]
+    drawn = [{job.client_id for job in make_jobs(experiment.config, n, sizes)} for n in (1, 2, 3)]
+    assert experiment.trained_clients(0) == []
+    assert experiment.trained_clients(1) == sorted(drawn[0])
+    assert experiment.trained_clients(3) == sorted(set().union(*drawn))
+
+
+def test_the_datas_fingerprint_knows_every_word_label_and_client(recipe, tmp_path, train_csv):
+    first = build(recipe).data_fingerprint()
+    assert build(recipe, client__lr=1.0, method__name="ft").data_fingerprint() == first
+    assert build(recipe, partition__alpha=0.6).data_fingerprint() != first
+    header, line, *lines = train_csv.read_text().splitlines()
+    words, label = line.rsplit(",", 1)
+    other = {"food": "tech", "tech": "sport", "sport": "food"}[label]
+    for changed in (f"{words} goal,{label}", f"{words},{other}"):
+        (tmp_path / "train.csv").write_text("\n".join([header, changed, *lines]) + "\n")
+        assert build(recipe, data__train=str(tmp_path / "train.csv")).data_fingerprint() != first
 
 
 def test_natural_clients_hold_the_values_of_a_column(recipe):

@@ -27,11 +27,15 @@ def test_seconds_grow_with_what_is_asked_for(recipe, monkeypatch):
     middle = sorted(len(part) for part in plan.experiment.parts)[3]
     # A client of `middle` examples takes a second, so does a batch of 64 evaluation rows (of 90).
     training = 3 * 3 * (240 / 6) / min(middle, 64)
-    assert plan.seconds == pytest.approx(training + 4 * 90 / 64)
+    assert plan.seconds == pytest.approx(training + 3 * 90 / 64)
     twice = make_plan(configure(recipe, rounds=3, cohort=3, client__epochs=2, evaluate_every=0))
-    assert twice.seconds == pytest.approx(2 * 3 * 3 * 40 / (2 * min(middle, 64)) + 2 * 90 / 64)
+    assert twice.seconds == pytest.approx(2 * 3 * 3 * 40 / (2 * min(middle, 64)) + 90 / 64)
     few = make_plan(configure(recipe, rounds=3, cohort=3, client__max_steps=1, evaluate_every=0))
-    assert few.seconds == pytest.approx(3 * 3 * 8 / 8 + 2 * 90 / 64)
+    assert few.seconds == pytest.approx(3 * 3 * 8 / 8 + 90 / 64)
+    shared = make_plan(
+        configure(recipe, evaluate_every=0, client__max_steps=1, engine={"name": "processes", "workers": 2})
+    )
+    assert shared.seconds == pytest.approx(few.seconds / 2)
 
 
 def test_auto_is_resolved_and_local_heads_work(recipe):

@@ -26,7 +26,7 @@ RECORD = {
 SUMMARY = {
     "metric": "accuracy", "head": "train", "final": 0.9, "best": 0.95, "best_round": 3, "rounds": 4,
     "trainable_parameters": 1_000, "total_parameters": 100_000, "bytes_up": 5_900_000, "bytes_down": 900,
-    "per_client": {"mean": 0.8, "p10": 0.6, "worst": 0.5}, "target": None, "seconds_total": 125.0,
+    "per_client": {"mean": 0.8, "p10": 0.6, "worst": 0.5}, "target": None, "seconds_total": 125.0, "seconds_start": {"load": 5.0},
 }  # fmt: skip
 
 
@@ -63,7 +63,7 @@ def test_json_lines(capsys):
 def test_a_log_gets_one_line_a_round_and_rejections_are_named(recipe):
     experiment, file = build(recipe), io.StringIO()
     bar = Bar(Console(file=file, soft_wrap=True))
-    bar.started(experiment, 0)
+    bar.started(experiment, [])
     bar.updated(Update(Job(1, 0, 0, 0.1), {}, 1.0, {}), 3)
     bar.evaluating(1, 2)
     bar.finished_round(RECORD)
@@ -80,7 +80,7 @@ def test_a_log_gets_one_line_a_round_and_rejections_are_named(recipe):
 def test_a_terminal_gets_a_live_bar_that_goes_away(recipe):
     experiment, file = build(recipe), io.StringIO()
     bar = Bar(Console(file=file, force_terminal=True, width=120))
-    bar.started(experiment, 1)
+    bar.started(experiment, [{"bytes_up": 0, "bytes_down": 0}])
     bar.updated(Update(Job(2, 0, 0, 0.1), {}, 1.0, {}), 3)
     bar.evaluating(1, 2)
     bar._progress.refresh()
@@ -100,7 +100,11 @@ def test_the_table_at_the_end(recipe):
     assert "0.9000 (best 0.9500)" in text
     assert "mean 0.8000, 10th percentile 0.6000, worst 0.5000" in text
     assert "target 0.9" in text and "not reached" in text
-    assert "1,000 (1.00%)" in text and "5.9 MB up, 900 B down" in text and "2 min 05 s" in text
+    assert (
+        "1,000 (1.00%)" in text
+        and "5.9 MB up, 900 B down" in text
+        and "2 min 05 s (start: load 5.0 s)" in text
+    )
     reached = {"value": 0.9, "round": 3, "seconds": 75.0, "bytes": 2e6}
     text = printed(result_table(result(recipe, target=reached, head="local", per_client=None)))
     assert "round 3, 1 min 15 s, 2.0 MB" in text and "not reached" not in text

@@ -175,6 +175,20 @@ def test_a_bad_update_is_rejected_and_named_and_the_round_goes_on_without_it(kin
         assert math.isfinite(summary.seconds_train)
 
 
+def test_a_weight_cannot_exceed_what_the_client_holds():
+    updates = [update(client) for client in (3, 0, 2)]
+    sizes = [1, 0, 3, 4]
+    after, summary = finish_round(config(), ServerState(0, PARAMS), jobs_of(updates), updates, sizes)
+    assert summary.accepted == 3
+    greedy = update(0, weight=1.01)
+    after, summary = finish_round(
+        config(), ServerState(0, PARAMS), jobs_of(updates), [updates[0], greedy, updates[2]], sizes
+    )
+    assert summary.verdicts == {3: OK, 0: "weight 1.01 exceeds the client's 1 examples", 2: OK}
+    expected, _ = finish_round(config(), ServerState(0, PARAMS), jobs_of(updates), updates[::2])
+    assert same(after.params, expected.params)
+
+
 def test_the_norm_limit_is_the_recipes_and_counts_all_tensors_together():
     delta = {"w": torch.full((2, 3), 3.0 / math.sqrt(6)), "b": torch.full((3,), 4.0 / math.sqrt(3))}
     five = Update(Job(1, 0, 0, 0.1), delta, 1.0, {"loss": 1.0})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
@@ -128,9 +127,9 @@ def _show_plan(config: RunConfig, *, as_json: bool) -> None:
     console.print(f"\ntrained parameters: {trained:,} of {total:,} ({trained / total:.2%})")
     once, all_rounds = (progress.readable_bytes(plan.bytes_round * n) for n in (1, config.rounds))
     console.print(f"bytes expected: {once} a round, {all_rounds} in all")
-    console.print(
-        f"time expected: {progress.readable_seconds(plan.seconds)} on one worker; nothing was written"
-    )
+    workers = config.engine.num_workers()
+    time_expected = progress.readable_seconds(plan.seconds)
+    console.print(f"time expected: {time_expected} with {workers} at a time; nothing was written")
 
 
 @app.command()
@@ -210,37 +209,59 @@ def predict(
             help="Texts: one a line, or a table (.csv, .jsonl, .parquet); default: standard input."
         ),
     ] = None,
-    column: Annotated[str, typer.Option(help="The text column of a table.")] = "text",
+    column: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="The text column of a table; default: the one that the run was trained on."),
+    ] = None,
 ) -> None:
-    """Label texts with a trained model: one JSON object a line."""
+    """Label texts with a trained model: one JSON object a line, in the order of the input."""
     from federa.export import load
 
-    texts = list(_texts(file, column))
     model = load(folder)
+    columns = (column, *model.columns[1:]) if column is not None else model.columns
+    texts = _table_texts(file, columns) if file is not None and _is_table(file) else _lines(file, columns)
     for text, (label, probability) in zip(texts, model.predict(texts), strict=True):
-        print(
-            json.dumps(
-                {"label": label, "probability": round(probability, 6), "text": text}, ensure_ascii=False
-            )
-        )
+        row = {"label": label, "probability": round(probability, 6), "text": text}
+        print(json.dumps(row, ensure_ascii=False))
 
 
-def _texts(file: Path | None, column: str) -> Iterator[str]:
+def _is_table(file: Path) -> bool:
+    return file.suffix.lower() in (".csv", ".tsv", ".jsonl", ".json", ".parquet")
+
+
+def _table_texts(file: Path, columns: tuple[str, ...]) -> list[str | tuple[str, str]]:
+    """Return the texts (or pairs of texts) of a table."""
     from federa.data.datasets import read_table
 
-    if file is not None and file.suffix.lower() in (".csv", ".tsv", ".jsonl", ".json", ".parquet"):
-        table = read_table(str(file), "predict")
+    table = read_table(str(file), "predict")
+    for column in columns:
         if column not in table.column_names:
             raise FederaError(f"{file} has no column {column!r}; it has {', '.join(table.column_names)}")
-        yield from (str(text) for text in table[column])
-        return
+        wrong = next((i for i, value in enumerate(table[column]) if not isinstance(value, str)), None)
+        if wrong is not None:
+            raise FederaError(f"{file}: row {wrong} of column {column!r} is not a text")
+    if len(columns) == 1:
+        return list(table[columns[0]])
+    return list(zip(table[columns[0]], table[columns[1]], strict=True))
+
+
+def _lines(file: Path | None, columns: tuple[str, ...]) -> list[str | tuple[str, str]]:
+    """Return the lines of a file or of standard input, of which none but the last ones may be blank."""
+    if len(columns) > 1:
+        raise FederaError(
+            f"this run reads pairs of texts; give a table with the columns {' and '.join(columns)}"
+        )
     if file is not None and not file.is_file():
         raise FederaError(f"{file} does not exist")
     try:
         content = sys.stdin.read() if file is None else file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise FederaError(f"{file or 'standard input'} is not text in UTF-8") from error
-    yield from (line for line in content.splitlines() if line.strip())
+    lines = content.rstrip().splitlines()
+    blank = next((i for i, line in enumerate(lines, 1) if not line.strip()), None)
+    if blank is not None:
+        raise FederaError(f"line {blank} of {file or 'standard input'} is blank; give one text a line")
+    return list(lines)
 
 
 @app.command()

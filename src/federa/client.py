@@ -38,7 +38,8 @@ class ClientConfig(BaseModel):
         momentum: of SGD.
         weight_decay: on matrices only (no bias, no layer norm); decoupled with AdamW.
         clip_norm: the largest gradient norm, over all trained tensors; 0 for none.
-        proximal: FedProx's mu (Li et al. 2020): adds mu/2 * |w - w_global|^2 to the loss.
+        proximal: FedProx's mu (Li et al. 2020): adds mu/2 * |w - w_start|^2 to the
+            loss; w_start is the global state, and for a local head what the client kept.
         dropout: replaces every dropout rate of the model; None keeps the model's own.
         precision: `bf16` keeps float32 masters of what trains, and computes in bfloat16; `auto` measures.
     """

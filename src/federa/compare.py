@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +14,8 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from federa.config import RunConfig
+from federa.config import RunConfig, parse_config, read_yaml
+from federa.experiment import resolve
 from federa.methods import METHODS
 from federa.progress import readable_bytes, readable_seconds
 from federa.report import write_report
@@ -63,15 +65,22 @@ class Comparison:
             numbers = tuple(int(seed) for seed in seeds.split(","))
         except ValueError as error:
             raise FederaError(f"--seeds {seeds}: expected whole numbers with commas") from error
+        if len(set(numbers)) < len(numbers) or min(numbers) < 0:
+            raise FederaError(f"--seeds {seeds}: expected different numbers from 0")
+        if tune_rounds is not None and tune_rounds < 1:
+            raise FederaError(f"--tune-rounds {tune_rounds}: expected 1 or more")
         grid: dict[str, tuple[float, ...]] = {}
         for text in lrs:
             name, _, values = text.partition("=")
             if name not in names:
                 raise FederaError(f"--lrs {text}: {name!r} is not among --methods {','.join(names)}")
             try:
-                grid[name] = tuple(float(value) for value in values.split(","))
+                rates = tuple(float(value) for value in values.split(","))
             except ValueError as error:
                 raise FederaError(f"--lrs {text}: expected METHOD=LR,LR,...") from error
+            if not all(math.isfinite(rate) and rate > 0 for rate in rates):
+                raise FederaError(f"--lrs {text}: expected positive numbers")
+            grid[name] = (*grid.get(name, ()), *(rate for rate in rates if rate not in grid.get(name, ())))
         return cls(config, names, numbers, grid, tune_rounds or config.rounds)
 
     def cell(self, method: str, seed: int, lr: float | None) -> RunConfig:
@@ -110,6 +119,7 @@ def compare_methods(comparison: Comparison, folder: Path, say: Say) -> Table:
             `report.html`; cells that are finished there are taken as they are.
         say: is given one line a run.
     """
+    comparison = _settled(comparison, folder)
     chosen = {method: _tuned_lr(comparison, method, folder, say) for method in comparison.methods}
     rows = []
     for seed in comparison.seeds:
@@ -131,6 +141,24 @@ def compare_methods(comparison: Comparison, folder: Path, say: Say) -> Table:
     for line in lines[1:]:
         table.add_row(*line)
     return table
+
+
+def _settled(comparison: Comparison, folder: Path) -> Comparison:
+    """Return the comparison with `auto` resolved once, for all of its cells and for when it is run again.
+
+    Raises:
+        FederaError: the folder is a file, or holds something else.
+    """
+    stored = folder / "recipe.yaml"
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not stored.is_file())):
+        raise FederaError(f"--out: {folder} is there already and is no comparison; give another directory")
+    if stored.is_file():
+        before = parse_config(read_yaml(stored))
+        same = {"client.precision": before.client.precision, "device": before.device}
+        return dataclasses.replace(comparison, config=comparison.config.replace(**same))
+    config = resolve(comparison.config)
+    write_atomically(stored, config.to_yaml().encode())
+    return dataclasses.replace(comparison, config=config)
 
 
 def _run_cell(config: RunConfig, folder: Path, say: Say) -> Result | None:
@@ -166,7 +194,7 @@ def _row(config: RunConfig, result: Result | None) -> dict[str, Any]:
         skew += f" {config.partition.alpha:g}"
     row: dict[str, Any] = {
         "method": config.method.name,
-        "data": Path(config.data.train).parent.name or Path(config.data.train).stem,
+        "data": data_name(config.data.train),
         "model": config.model.name,
         "skew": skew,
         "seed": config.seed,
@@ -186,6 +214,14 @@ def _row(config: RunConfig, result: Result | None) -> dict[str, Any]:
             "total_parameters": summary["total_parameters"],
         }
     return row
+
+
+def data_name(train: str) -> str:
+    """Return a short name of a data set: a file's folder or a folder's own name; a hub name stays whole."""
+    path = Path(train)
+    if not path.exists():
+        return train
+    return path.parent.name if path.is_file() else path.name
 
 
 def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:

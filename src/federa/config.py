@@ -19,10 +19,12 @@ from pydantic import (
 
 from federa.aggregators import AGGREGATORS, Aggregator
 from federa.client import ClientConfig
+from federa.data.datasets import EMBEDDED as EMBEDDED_DATA
 from federa.data.datasets import DataConfig
 from federa.data.partition import PARTITIONERS, Partitioner
 from federa.engines import ENGINES, Engine
 from federa.methods import METHODS, Method
+from federa.models import EMBEDDED as EMBEDDED_MODEL
 from federa.models import ModelConfig
 from federa.registry import Registry, explain, load_plugins, nearest
 from federa.server_optimizers import SERVER_OPTIMIZERS, ServerOptimizer
@@ -61,7 +63,7 @@ class RunConfig(BaseModel):
         evaluate_batch_size: examples a batch in evaluation.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     plugins: tuple[str, ...] = ()
     seed: int = Field(default=0, ge=0)
     rounds: int = Field(default=15, ge=1)
@@ -105,10 +107,17 @@ class RunConfig(BaseModel):
                 raise FederaError(
                     f"track: unknown tracker {name!r}{nearest(name, TRACKERS)}; known: {', '.join(TRACKERS)}"
                 )
+        self._make_paths_absolute()
         if self.client.lr is None:
             resolved = self.client.model_copy(update={"lr": self.method.default_lr})
             object.__setattr__(self, "client", resolved)
         return self
+
+    def _make_paths_absolute(self) -> None:
+        """Write paths that exist as absolute ones, so that a stored recipe means the same from anywhere."""
+        data = {key: absolute(getattr(self.data, key)) for key in ("train", "validation", "test")}
+        object.__setattr__(self, "data", self.data.model_copy(update=data))
+        object.__setattr__(self, "model", self.model.model_copy(update={"name": absolute(self.model.name)}))
 
     def to_yaml(self) -> str:
         """Return the whole recipe as YAML; reading it back gives an equal one."""
@@ -120,6 +129,17 @@ class RunConfig(BaseModel):
         for key, value in changes.items():
             set_key(raw, key, value)
         return parse_config(raw)
+
+
+def absolute(path: str | None, folder: Path | None = None) -> str | None:
+    """Return the path of what exists in a folder (the current one by default) as absolute, else as it is.
+
+    What is embedded, or a hub's, stays a name.
+    """
+    if path is None or path in (EMBEDDED_MODEL, EMBEDDED_DATA):
+        return path
+    found = (folder or Path.cwd()) / Path(path).expanduser()
+    return str(found.resolve()) if found.exists() else path
 
 
 def parse_config(raw: dict[str, Any], folder: Path | None = None) -> RunConfig:
@@ -136,6 +156,10 @@ def parse_config(raw: dict[str, Any], folder: Path | None = None) -> RunConfig:
         raise FederaError(f"a recipe is a mapping of keys to values, not {type(raw).__name__}")
     plugins = _load_listed(raw.get("plugins"), folder or Path.cwd())
     raw = {key: _with_name(key, value) for key, value in raw.items()} | {"plugins": plugins}
+    for key, paths in (("data", ("train", "validation", "test")), ("model", ("name",))):
+        if folder is not None and isinstance(raw.get(key), dict):  # a recipe's paths: beside it, if there
+            near = {p: absolute(v, folder) for p, v in raw[key].items() if p in paths and isinstance(v, str)}
+            raw[key] = {**raw[key], **near}
     try:
         return RunConfig.model_validate(raw)
     except ValidationError as error:
@@ -156,6 +180,8 @@ def _with_name(key: str, value: Any) -> Any:
     """Return a component's section with the default component's name, where it gives none."""
     if value is None and (key in REGISTRIES or key in ("model", "data", "client")):
         value = {}  # a section whose keys are all commented out
+    if isinstance(value, str) and key in ("model", "data"):
+        return {"name" if key == "model" else "train": value}
     if key in REGISTRIES and isinstance(value, dict) and "name" not in value:
         return {"name": RunConfig.model_fields[key].default, **value}
     return value
@@ -205,9 +231,11 @@ def parse_override(text: str) -> tuple[str, Any]:
     if not equals or not key.strip():
         raise FederaError(f"override {text!r}: expected key=value, for example rounds=30 or method.rank=8")
     try:
-        return key.strip(), yaml.safe_load(value) if value else None
+        parsed = yaml.safe_load(value) if value else None
     except yaml.YAMLError as error:
         raise FederaError(f"override {text!r}: the value is not YAML") from error
+    is_path = key.strip() in ("data.train", "data.validation", "data.test", "model.name")
+    return key.strip(), absolute(parsed) if is_path and isinstance(parsed, str) else parsed
 
 
 def set_key(raw: dict[str, Any], key: str, value: Any) -> None:

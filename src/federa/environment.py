@@ -22,9 +22,11 @@ def environment() -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    here = Path(__file__).resolve().parent
-    try:
-        ask = ["git", "-C", str(here), "rev-parse", "HEAD"]
+    here = Path(__file__).resolve()
+    git = ["git", "-C", str(here.parent)]
+    try:  # of this package's own repository, not of one that it happens to be installed in
+        subprocess.run([*git, "ls-files", "--error-unmatch", here.name], capture_output=True, check=True)
+        ask = [*git, "rev-parse", "HEAD"]
         commit = subprocess.run(ask, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         commit = ""

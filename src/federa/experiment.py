@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import tempfile
 import time
@@ -14,15 +16,16 @@ import numpy as np
 
 from federa.client import Trainer, measured_precision
 from federa.config import RunConfig
-from federa.data.batches import Encoded, evaluation_batches
+from federa.data.batches import Encoded, Ragged, evaluation_batches
 from federa.data.datasets import read_splits
 from federa.data.partition import group_counts, partition_examples
 from federa.fast_cpu import speed_up
 from federa.methods import Setup
-from federa.models import Pretrained, load_pretrained, pick_device
+from federa.models import Pretrained, load_pretrained, pick_device, require_base
 from federa.seeds import generator, seed_for
-from federa.state import load_state, num_parameters, save_state
-from federa.types import FederaError, FloatArray, IntArray, Job, State, Update
+from federa.server import make_jobs
+from federa.state import load_state, num_bytes, num_parameters, save_state
+from federa.types import FederaError, FloatArray, IntArray, Job, RoundFailedError, State, Update
 
 CLIENT_TEST_EXAMPLES = 200  # at most so many evaluation examples stand for one client
 
@@ -87,7 +90,7 @@ class Experiment:
         tokenizer: the model's.
         counts: examples by client and group, `(clients, groups)`.
         sizes: counts of parameters: `total_parameters`, `trainable_parameters`, `travelling_parameters`,
-            `head_parameters`.
+            `head_parameters`, `start_bytes` (what a client must be sent once beside the current state).
         seconds: what the parts of the start took.
     """
 
@@ -110,7 +113,7 @@ class Experiment:
         """Return a client's update; what it keeps for itself is put away.
 
         Raises:
-            RuntimeError: the client failed; says which, and in what round.
+            RoundFailedError: the client failed; says which, and in what round.
         """
         try:
             rows = self.parts[job.client_id]
@@ -118,7 +121,8 @@ class Experiment:
         except FederaError:
             raise
         except Exception as error:
-            raise RuntimeError(f"client {job.client_id} failed in round {job.round}: {error}") from error
+            text = f"round {job.round}: client {job.client_id} failed: {type(error).__name__}: {error}"
+            raise RoundFailedError(f"{text}. The last good state is kept") from error
         self.kept.save(job, kept)
         return update
 
@@ -128,6 +132,24 @@ class Experiment:
         """Yield outputs for batches of evaluation rows; with a job, those of its client's own head."""
         local = self.kept.load(job) if job is not None else self.kept.start
         return self.trainer.predict(params, self.evaluation, batches, local)
+
+    def trained_clients(self, rounds: int) -> list[int]:
+        """Return the clients that any cohort of the first rounds held."""
+        sizes = [len(part) for part in self.parts]
+        drawn = {j.client_id for r in range(1, rounds + 1) for j in make_jobs(self.config, r, sizes)}
+        return sorted(drawn)
+
+    def data_fingerprint(self) -> str:
+        """Return a SHA-256 of all examples, labels and the partition: a resumed run must find the same."""
+        digest = hashlib.sha256(json.dumps(self.labels).encode())
+        for data in (self.train, self.evaluation):
+            ragged = [*data.features.values(), *([data.labels] if isinstance(data.labels, Ragged) else [])]
+            arrays = [array for one in ragged for array in (one.values, one.offsets)]
+            for array in [*arrays, *([] if isinstance(data.labels, Ragged) else [data.labels])]:
+                digest.update(np.ascontiguousarray(array).data)
+        for part in self.parts:
+            digest.update(part.data)
+        return digest.hexdigest()
 
     def client_rows(self, client: int) -> IntArray:
         """Return evaluation rows that stand for a client: drawn at random with its mix of groups.
@@ -159,14 +181,17 @@ class Experiment:
 
 def resolve(config: RunConfig) -> RunConfig:
     """Return the recipe with what `auto` stands for on this machine; a resumed run keeps it."""
-    if config.client.precision != "auto":
-        return config
-    return config.replace(**{"client.precision": measured_precision(pick_device(config.device))})
+    changes: dict[str, str] = {}
+    if config.device == "auto":
+        changes["device"] = pick_device("auto").type
+    if config.client.precision == "auto":
+        changes["client.precision"] = measured_precision(pick_device(config.device))
+    return config.replace(**changes) if changes else config
 
 
 def load_model(config: RunConfig, labels: Sequence[str]) -> Pretrained:
     """Return the recipe's pretrained model with a head for its task, on the CPU, in float32."""
-    on_cpu = pick_device(config.device).type == "cpu"
+    on_cpu = config.device == "cpu" or (config.device == "auto" and pick_device("auto").type == "cpu")
     return load_pretrained(
         config.model,
         config.task.auto_class,
@@ -177,13 +202,22 @@ def load_model(config: RunConfig, labels: Sequence[str]) -> Pretrained:
     )
 
 
-def build_experiment(config: RunConfig, init: State | None = None, kept: Path | None = None) -> Experiment:
+def build_experiment(
+    config: RunConfig,
+    init: State | None = None,
+    kept: Path | None = None,
+    *,
+    base: str | None = None,
+    cache: Path | None = None,
+) -> Experiment:
     """Read, tokenise, partition, load and prepare all that a recipe names.
 
     Args:
         config: the recipe, resolved.
         init: the round-0 state where there is one already; None computes it.
         kept: the folder for what clients keep; None for a temporary one.
+        base: the fingerprint that the pretrained encoder must have; None where there is none yet.
+        cache: a folder for computed starts; None to keep nothing.
 
     Raises:
         FederaError: anything in the recipe that does not fit the data, the model or this machine.
@@ -195,6 +229,8 @@ def build_experiment(config: RunConfig, init: State | None = None, kept: Path | 
     seconds["read"] = time.perf_counter() - began
     began = time.perf_counter()
     loaded = load_model(config, labels)
+    if base is not None:
+        require_base(loaded, base, config.model.name)
     seconds["load"] = time.perf_counter() - began
     began = time.perf_counter()
     train = config.task.encode(splits.train, config.data, loaded.tokenizer, labels)
@@ -207,7 +243,7 @@ def build_experiment(config: RunConfig, init: State | None = None, kept: Path | 
             f"cohort: {config.cohort} clients a round, but the partition has {len(parts)} clients"
         )
     began = time.perf_counter()
-    setup = Setup(loaded.head, seed_for(config.seed, "start"), init, loaded.fingerprint, cache_folder())
+    setup = Setup(loaded.head, seed_for(config.seed, "start"), init, loaded.fingerprint, cache)
     start = config.method.prepare(loaded.model, setup)
     seconds["prepare"] = time.perf_counter() - began
     local = frozenset(loaded.head if config.method.head == "local" else ())
@@ -218,6 +254,8 @@ def build_experiment(config: RunConfig, init: State | None = None, kept: Path | 
         "travelling_parameters": num_parameters(travelling.values()),
         "head_parameters": num_parameters(p for n, p in loaded.model.named_parameters() if n in loaded.head),
     }
+    factors = {n: t for n, t in travelling.items() if n not in loaded.head}
+    sizes["start_bytes"] = num_bytes(factors) if config.method.moves_base else 0
     model = loaded.model.to(device)
     if device.type == "cpu":
         speed_up(model)

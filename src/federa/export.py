@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from federa.checkpoint import RunDirectory
 from federa.config import RunConfig, parse_config, read_yaml
 from federa.experiment import load_model
-from federa.methods import FeDeRA, Setup
+from federa.methods import Setup
 from federa.methods.base import ExportFormat
 from federa.methods.lora import lora_layers
-from federa.models import resolve_model
+from federa.models import require_base, resolve_model
 from federa.seeds import seed_for
 from federa.state import load_state
 from federa.types import FederaError, State
@@ -38,12 +38,14 @@ class Predictor:
         tokenizer: its tokenizer.
         labels: label names, in the order of their ids.
         max_length: tokens that a text is cut at.
+        columns: the run's text column, and the second one of a run on pairs.
     """
 
     model: nn.Module
     tokenizer: Any
     labels: list[str]
     max_length: int
+    columns: tuple[str, ...] = ("text",)
 
     def logits(self, texts: Sequence[Text], batch_size: int = 32) -> Iterator[Tensor]:
         """Yield logits for each batch of texts (or pairs of texts), `(batch, num_labels)`."""
@@ -97,11 +99,7 @@ def _restore(folder: Path) -> _Restored:
         )
     init, metadata = load_state(run.init)
     loaded = load_model(config, stored["labels"])
-    if loaded.fingerprint != metadata.get("fingerprint"):
-        raise FederaError(
-            f"model.name: {config.model.name!r} is not the model that {folder} was started from "
-            "(the fingerprint of its weights differs)"
-        )
+    require_base(loaded, metadata.get("fingerprint"), config.model.name)
     setup = Setup(loaded.head, seed_for(config.seed, "start"), init, loaded.fingerprint)
     config.method.prepare(loaded.model, setup)
     parameters = dict(loaded.model.named_parameters())
@@ -120,7 +118,9 @@ def load(folder: Path | str) -> Predictor:
     """
     restored = _restore(Path(folder))
     longest = min(restored.config.task.max_length, restored.tokenizer.model_max_length)
-    return Predictor(restored.model, restored.tokenizer, restored.labels, longest)
+    data = restored.config.data
+    columns = (data.text_column, *([data.text_pair_column] if data.text_pair_column else []))
+    return Predictor(restored.model, restored.tokenizer, restored.labels, longest, columns)
 
 
 def export(folder: Path | str, to: Path | str, format: ExportFormat | None = None) -> Path:
@@ -174,14 +174,14 @@ def export(folder: Path | str, to: Path | str, format: ExportFormat | None = Non
 def _write_peft(restored: _Restored, to: Path) -> None:
     """Write an adapter folder that PEFT opens on the pristine checkpoint.
 
-    FeDeRA's base is W - s*B0*A0, so on W its change is s*(B*A - B0*A0) = s*[B | -B0] [A ; A0]: a plain LoRA
-    of twice the rank.
+    Where the base was moved to W - s*B0*A0, as FeDeRA's is, the change to W is
+    s*(B*A - B0*A0) = s*[B | -B0] [A ; A0]: a plain LoRA of twice the rank.
     """
     method, model = restored.config.method, restored.model
     tensors: dict[str, Tensor] = {}
     for name, layer in lora_layers(model):
         a, b = layer.lora_A.detach(), layer.lora_B.detach()
-        if isinstance(method, FeDeRA):
+        if method.moves_base:
             a = torch.cat([a, restored.init[f"{name}.lora_A"]], dim=0)
             b = torch.cat([b, -restored.init[f"{name}.lora_B"]], dim=1)
         tensors[f"base_model.model.{name}.lora_A.weight"] = a.contiguous()
@@ -214,7 +214,7 @@ def _peft_config(restored: _Restored) -> dict[str, Any]:
     """
     layers = dict(lora_layers(restored.model))
     first = next(iter(layers.values()))
-    rank = len(first.lora_A) * (2 if isinstance(restored.config.method, FeDeRA) else 1)
+    rank = len(first.lora_A) * (2 if restored.config.method.moves_base else 1)
     return {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS",

@@ -33,7 +33,7 @@ class ModelConfig(BaseModel):
         revision: a hub revision.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     name: str = EMBEDDED
     revision: str | None = None
 
@@ -75,7 +75,10 @@ def resolve_model(name: str) -> str:
     if not (folder / "config.json").is_file():
         raise FederaError(f"model.name: {name} has no config.json; is it a transformers checkpoint?")
     if not any((folder / weights).is_file() for weights in _WEIGHTS):
-        raise FederaError(f"model.name: {name} holds no weights (expected model.safetensors)")
+        remedy = "expected model.safetensors"
+        if (folder / "pytorch_model.bin").is_file():
+            remedy = "pytorch_model.bin is a pickle, which is not opened; convert it to model.safetensors"
+        raise FederaError(f"model.name: {name} holds no weights ({remedy})")
     return str(folder)
 
 
@@ -154,7 +157,7 @@ def load_pretrained(
                 **where,
             )
             tokenizer = transformers.AutoTokenizer.from_pretrained(name, **where)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise _explain(name, error) from error
     # Without its files transformers gives a tokenizer that knows nothing but its special tokens.
     if not tokenizer.is_fast or len(tokenizer.get_vocab()) <= len(tokenizer.all_special_tokens):
@@ -190,6 +193,19 @@ def _head_names(model: Any, info: dict[str, Any]) -> frozenset[str]:
             "first; the weights do not belong to this config.json"
         )
     return frozenset(n for n in names if n in new or n in outside)
+
+
+def require_base(loaded: Pretrained, expected: str | None, name: str) -> None:
+    """Raise unless a loaded checkpoint is the one that a run was started from.
+
+    Raises:
+        FederaError: the fingerprint of its weights differs.
+    """
+    if loaded.fingerprint != expected:
+        raise FederaError(
+            f"model.name: {name!r} is not the model that the run was started from "
+            "(the fingerprint of its weights differs)"
+        )
 
 
 def pick_device(name: str) -> torch.device:

@@ -21,7 +21,7 @@ class Plan:
     Attributes:
         experiment: built, nothing trained.
         bytes_round: up and down together, of one round.
-        seconds: of the whole run, one worker; from a few steps measured here.
+        seconds: of the whole run, on the engine's workers; from a few steps measured here.
     """
 
     experiment: Experiment
@@ -37,6 +37,8 @@ def make_plan(config: RunConfig) -> Plan:
     """
     experiment = build_experiment(resolve(config))
     config = experiment.config
+    with config.engine.open(experiment):
+        pass  # an engine that cannot start says so here
     middle = int(np.argsort([len(part) for part in experiment.parts])[len(experiment.parts) // 2])
     job = Job(1, middle, 0, scheduled_lr(config.client, 1, config.rounds))
     seconds = []
@@ -56,6 +58,7 @@ def make_plan(config: RunConfig) -> Plan:
     if config.client.max_steps is not None:
         examples = min(examples, config.client.max_steps * config.client.batch_size)
     every = config.evaluate_every or config.rounds
-    evaluations = -(-config.rounds // every) + 1
-    total = config.rounds * config.cohort * examples * min(seconds) + evaluations * evaluation
+    evaluations = -(-config.rounds // every)
+    workers = config.engine.num_workers()
+    total = (config.rounds * config.cohort * examples * min(seconds) + evaluations * evaluation) / workers
     return Plan(experiment, 2 * config.cohort * num_bytes(experiment.params), total)

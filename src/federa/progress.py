@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -22,6 +24,11 @@ def readable_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
+
+
+def short_name(model: str) -> str:
+    """Return a model's name as people say it: a folder without the path to it, a hub name as it is."""
+    return Path(model).name if Path(model).exists() else model
 
 
 def readable_seconds(seconds: float) -> str:
@@ -61,14 +68,16 @@ class Bar(Observer):
         self._rounds = 0
         self._clients = 0
 
-    def started(self, experiment: Experiment, round_number: int) -> None:  # noqa: D102
+    def started(self, experiment: Experiment, records: Sequence[Record]) -> None:  # noqa: D102
+        round_number = len(records)
+        self._bytes = sum(r["bytes_up"] + r["bytes_down"] for r in records)
         config, sizes = experiment.config, experiment.sizes
         self._metric, self._rounds = config.task.primary, config.rounds
         self._cohort = config.cohort
         seconds = readable_seconds(sum(experiment.seconds.values()))
         share = sizes["trainable_parameters"] / sizes["total_parameters"]
         self._console.print(
-            f"{config.method.name} on {config.model.name}, {len(experiment.train):,} examples, "
+            f"{config.method.name} on {short_name(config.model.name)}, {len(experiment.train):,} examples, "
             f"{len(experiment.parts)} clients ({config.partition.name}), {config.cohort} a round; "
             f"{sizes['trainable_parameters']:,} trained parameters ({share:.2%}); started in {seconds}"
         )
@@ -129,7 +138,8 @@ def result_table(result: Result) -> Table:
     table.add_row(
         "sent", f"{readable_bytes(summary['bytes_up'])} up, {readable_bytes(summary['bytes_down'])} down"
     )
-    table.add_row("time", readable_seconds(summary["seconds_total"]))
+    parts = ", ".join(f"{part} {readable_seconds(s)}" for part, s in summary["seconds_start"].items())
+    table.add_row("time", f"{readable_seconds(summary['seconds_total'])} (start: {parts})")
     return table
 
 

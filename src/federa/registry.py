@@ -18,7 +18,7 @@ from federa.types import FederaError
 class Component(BaseModel):
     """A piece of a run that a recipe chooses by name; its fields are the recipe's keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     name: str
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,7 @@ from federa.checkpoint import RunDirectory
 from federa.config import RunConfig, parse_config, read_yaml
 from federa.engines import Session
 from federa.environment import environment
-from federa.experiment import Experiment, build_experiment, resolve
+from federa.experiment import Experiment, build_experiment, cache_folder, resolve
 from federa.report import write_report
 from federa.seeds import generator
 from federa.server import finish_round, make_jobs
@@ -31,8 +31,8 @@ MAX_CLIENTS_WITH_OWN_HEAD = 200  # evaluated one by one at the end
 class Observer:
     """Is told how a run goes; the methods do nothing, override those of interest."""
 
-    def started(self, experiment: Experiment, round_number: int) -> None:
-        """The run is about to do the round after `round_number`."""
+    def started(self, experiment: Experiment, records: Sequence[Record]) -> None:
+        """The run is about to do the round after those recorded (none at a fresh start)."""
 
     def updated(self, update: Update, of: int) -> None:
         """One client of a round of `of` has answered."""
@@ -71,7 +71,8 @@ class _Loop:
     session: Session
     observer: Observer
     folder: RunDirectory | None
-    began: float
+    reached: set[int]  # the clients that any cohort so far held
+    seconds_start: dict[str, float]
     records: list[Record] = field(default_factory=list)
     evaluated: tuple[State, list[Any]] | None = None
 
@@ -99,7 +100,6 @@ def run(
         FederaError: a mistake in the recipe, the data or the directory; nothing is written then.
         RoundFailedError: too few updates of a round counted; the checkpoint holds the round before.
     """
-    began = time.perf_counter()
     folder = RunDirectory(Path(out)) if out is not None else None
     resumed = folder is not None and resume and (folder.started or config is None)
     if resumed:
@@ -109,9 +109,8 @@ def run(
         if done is not None:
             return done
     elif folder is not None and not folder.free:
-        raise FederaError(
-            f"--out {folder.path} is not an empty directory; give another, or --resume to go on with a run"
-        )
+        remedy = "give another, or --resume to go on with it" if folder.started else "give another"
+        raise FederaError(f"--out: {folder.path} is there already and is not an empty directory; {remedy}")
     config = resolve(config or RunConfig())
     with ExitStack() as stack:
         if folder is not None:
@@ -123,8 +122,11 @@ def run(
                 stack.push(clear)
         experiment, state, records = _prepare(config, folder)
         session = stack.enter_context(config.engine.open(experiment))
-        loop = _Loop(experiment, session, observer or Observer(), folder, began, records)
-        loop.observer.started(experiment, state.round)
+        first_start = (folder.read_json("environment.json") or {}).get("seconds_start") if folder else None
+        reached = set(experiment.trained_clients(state.round))
+        start = first_start or experiment.seconds
+        loop = _Loop(experiment, session, observer or Observer(), folder, reached, start, records)
+        loop.observer.started(experiment, tuple(records))
         state = _rounds(loop, state)
         summary = _summarise(loop, state)
     if folder is not None:
@@ -140,12 +142,11 @@ def _remove_on_mistake(folder: RunDirectory) -> Callable[..., None]:
 
     def leave(kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None and issubclass(kind, FederaError) and not folder.state.exists():
-            shutil.rmtree(folder.path)
-            if not missing:
-                folder.path.mkdir()
+            for child in folder.path.iterdir():
+                shutil.rmtree(child) if child.is_dir() else child.unlink()
             with suppress(OSError):  # somebody else may have put something there
-                for parent in missing[1:]:
-                    parent.rmdir()
+                for made in missing:
+                    made.rmdir()
 
     return leave
 
@@ -161,6 +162,8 @@ def _stored_config(folder: RunDirectory, asked: RunConfig | None) -> RunConfig:
     if asked is not None:
         if asked.client.precision == "auto":
             asked = asked.replace(**{"client.precision": stored.client.precision})
+        if asked.device == "auto":
+            asked = asked.replace(device=stored.device)
         for key, value in _flat(stored.model_dump(mode="json")):
             other = dict(_flat(asked.model_dump(mode="json"))).get(key)
             if other != value:
@@ -191,20 +194,21 @@ def _prepare(config: RunConfig, folder: RunDirectory | None) -> tuple[Experiment
     """Build the experiment, and find the state to go on from."""
     if folder is not None and folder.init.is_file():
         init, metadata = load_state(folder.init)
-        experiment = build_experiment(config, init, folder.kept)
-        if metadata.get("fingerprint") != experiment.fingerprint:
+        experiment = build_experiment(config, init, folder.kept, base=metadata.get("fingerprint", ""))
+        held = folder.read_json("partition.json") or {}
+        if held.get("fingerprint") != experiment.data_fingerprint():
             raise FederaError(
-                f"model.name: {config.model.name!r} is not the model that {folder.path} was started from "
-                "(the fingerprint of its weights differs)"
+                f"--resume: the data are not those that {folder.path} was started with; "
+                "put the old files back, or start another run"
             )
         if folder.state.is_file():
             state = folder.load_checkpoint()
             return experiment, state, folder.rewind(state.round)
     else:
-        experiment = build_experiment(config, None, folder.kept if folder else None)
+        experiment = build_experiment(config, None, folder.kept if folder else None, cache=cache_folder())
     state = ServerState(0, experiment.params, config.server_optimizer.init(experiment.params))
     if folder is not None:
-        folder.write_json("environment.json", environment())
+        folder.write_json("environment.json", {**environment(), "seconds_start": experiment.seconds})
         folder.write_json("partition.json", partition_summary(experiment))
         folder.write_json("labels.json", {"labels": experiment.labels})
         folder.save_init(experiment.params, experiment.fingerprint)
@@ -225,7 +229,12 @@ def _rounds(loop: _Loop, state: ServerState) -> ServerState:
         while state.round < config.rounds and not _target_reached(loop):
             began = time.perf_counter()
             jobs = make_jobs(config, state.round + 1, sizes)
-            state, summary = finish_round(config, state, jobs, _watched(loop, state.params, jobs))
+            updates = _watched(loop, state.params, jobs)
+            state, summary = finish_round(config, state, jobs, updates, sizes)
+            new = {job.client_id for job in jobs} - loop.reached
+            loop.reached |= new
+            # In round 1 the current state is the round-0 state: nothing is sent beside it.
+            beside = experiment.sizes["start_bytes"] * len(new) if state.round > 1 else 0
             record: Record = {"round": state.round, "loss": summary.loss}
             every = config.evaluate_every
             if state.round == config.rounds or (every and state.round % every == 0):
@@ -237,7 +246,7 @@ def _rounds(loop: _Loop, state: ServerState) -> ServerState:
                 "verdicts": {str(client): v for client, v in sorted(summary.verdicts.items())},
                 "examples": summary.examples,
                 "bytes_up": num_bytes(state.params) * len(summary.verdicts),
-                "bytes_down": num_bytes(state.params) * len(jobs),
+                "bytes_down": num_bytes(state.params) * len(jobs) + beside,
                 "seconds_train": summary.seconds_train,
                 "seconds_round": time.perf_counter() - began,
             }
@@ -265,8 +274,8 @@ def _target_reached(loop: _Loop) -> bool:
 def evaluate(loop: _Loop, params: State) -> dict[str, float]:
     """Return the task's metrics on the evaluation set.
 
-    With `method.head=local` there is no global head: each client's own is measured on the rows that stand for
-    it, and the metric is the mean over clients.
+    With `method.head=local` there is no global head: the own head of each client that has trained is measured
+    on the rows that stand for it, and the metric is the mean over these clients.
     """
     experiment = loop.experiment
     if experiment.kept.start:
@@ -292,9 +301,9 @@ def _outputs(loop: _Loop, params: State) -> list[Any]:
 
 
 def _own_heads(loop: _Loop, params: State) -> list[float]:
-    """Return the primary metric of every client with its own head (of 200 drawn ones, if there are more)."""
+    """Return the primary metric of every client that has trained (of 200 drawn ones, if there are more)."""
     experiment, config = loop.experiment, loop.config
-    clients, limit = np.arange(len(experiment.parts)), MAX_CLIENTS_WITH_OWN_HEAD
+    clients, limit = np.array(sorted(loop.reached)), MAX_CLIENTS_WITH_OWN_HEAD
     if len(clients) > limit:
         clients = np.sort(generator(config.seed, "own-heads").choice(clients, limit, replace=False))
     scores = []
@@ -304,11 +313,8 @@ def _own_heads(loop: _Loop, params: State) -> list[float]:
             batches = experiment.batches(rows)
             last = Job(config.rounds + 1, int(client), 0, 0.0)  # after every round: what it kept last
             outputs = [o for out in loop.session.predict(params, batches, last) for o in out]
-            scores.append(
-                config.task.score(outputs, experiment.evaluation, np.concatenate(batches))[
-                    config.task.primary
-                ]
-            )
+            score = config.task.score(outputs, experiment.evaluation, np.concatenate(batches))
+            scores.append(score[config.task.primary])
         loop.observer.evaluating(done, len(clients))
     return scores
 
@@ -332,10 +338,10 @@ def _summarise(loop: _Loop, state: ServerState) -> dict[str, Any]:
         "per_client": _per_client(loop, state.params),
         "target": _target(config.target, metric, records),
         "fingerprint": experiment.fingerprint,
-        "seconds_start": dict(experiment.seconds),
+        "seconds_start": loop.seconds_start,
         "seconds_train": sum(r["seconds_train"] for r in records),
         "seconds_rounds": sum(r["seconds_round"] for r in records),
-        "seconds_total": time.perf_counter() - loop.began,
+        "seconds_total": sum(loop.seconds_start.values()) + sum(r["seconds_round"] for r in records),
     }
 
 
@@ -377,5 +383,6 @@ def partition_summary(experiment: Experiment) -> dict[str, Any]:
     return {
         "client_sizes": [len(part) for part in experiment.parts],
         "groups": experiment.group_names,
+        "fingerprint": experiment.data_fingerprint(),
         "counts": experiment.counts.tolist(),
     }

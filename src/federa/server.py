@@ -39,12 +39,12 @@ def make_jobs(config: RunConfig, round_number: int, sizes: Sequence[int]) -> lis
     ]
 
 
-def verdict(update: Update, params: State, max_norm: float) -> str:
+def verdict(update: Update, params: State, max_norm: float, max_weight: float = math.inf) -> str:
     """Return `ok`, or the first reason why an update must not count."""
-    return next(_faults(update, params, max_norm), OK)
+    return next(_faults(update, params, max_norm, max_weight), OK)
 
 
-def _faults(update: Update, params: State, max_norm: float) -> Iterator[str]:
+def _faults(update: Update, params: State, max_norm: float, max_weight: float) -> Iterator[str]:
     """Yield what is wrong with an update; a check may rely on those before it having found nothing.
 
     A key, shape or type that does not fit, a weight that is no weight, numbers that are none, and a step too
@@ -60,6 +60,8 @@ def _faults(update: Update, params: State, max_norm: float) -> Iterator[str]:
             yield f"wrong dtype ({name!r}: {tensor.dtype}, expected torch.float32)"
     if not (math.isfinite(update.weight) and update.weight > 0):
         yield f"weight {update.weight} is not a positive number"
+    elif update.weight > max_weight:
+        yield f"weight {update.weight:g} exceeds the client's {max_weight:g} examples"
     length = norm(update.delta)
     if not math.isfinite(length):
         yield "not finite (NaN or Inf in the update)"
@@ -93,11 +95,22 @@ class RoundSummary:
 
 
 def finish_round(
-    config: RunConfig, state: ServerState, jobs: Sequence[Job], updates: Iterable[Update]
+    config: RunConfig,
+    state: ServerState,
+    jobs: Sequence[Job],
+    updates: Iterable[Update],
+    sizes: Sequence[int] | None = None,
 ) -> tuple[ServerState, RoundSummary]:
     """Check and sum updates as they come, and return the next state.
 
     No update is kept once it is summed (the robust aggregators apart, which need the whole cohort).
+
+    Args:
+        config: the recipe.
+        state: before the round.
+        jobs: of the round.
+        updates: the answers, in the order of the jobs.
+        sizes: the number of examples of every client, which no weight may exceed; None if it is not known.
 
     Raises:
         RoundFailedError: fewer than `min_success` of the cohort counted; `state` is untouched.
@@ -107,7 +120,8 @@ def finish_round(
     loss_sum = weight_sum = 0.0
     for update in updates:
         client = update.job.client_id
-        summary.verdicts[client] = verdict(update, state.params, config.max_update_norm)
+        most = math.inf if sizes is None else sizes[client]
+        summary.verdicts[client] = verdict(update, state.params, config.max_update_norm, most)
         seconds = update.metrics.get("seconds_train", 0.0)
         summary.seconds_train += seconds if math.isfinite(seconds) else 0.0
         if summary.verdicts[client] != OK:

@@ -54,7 +54,7 @@ class Update:
     Attributes:
         job: the job that is answered.
         delta: local minus global parameters; the keys and shapes of the state that was sent.
-        weight: the number of examples trained on; weighs the update in the mean.
+        weight: the number of examples that the client holds; weighs the update in the mean.
         metrics: `loss` (mean over the steps), `steps`, `seconds_train`.
     """
 

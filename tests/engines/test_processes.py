@@ -162,12 +162,15 @@ def test_workers_killed_from_outside_between_and_during_rounds(recipe):
         kills = 0
 
         def _kill(self):
-            for worker in multiprocessing.active_children():
+            workers = multiprocessing.active_children()
+            for worker in workers:
                 os.kill(worker.pid, signal.SIGKILL)
                 self.kills += 1
+            return workers
 
         def finished_round(self, record):
-            self._kill()
+            for worker in self._kill():
+                worker.join()  # dead while idle, and known to be before the next job
 
         def updated(self, update, of):
             if update.job.round == 2:

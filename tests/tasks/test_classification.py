@@ -75,7 +75,7 @@ def test_encode_takes_the_ids_of_class_labels(tokenizer):
     rows = datasets.Dataset.from_dict({"text": ["goal", "soup"], "label": [1, 0]}, features=features)
     assert TASK.encode(rows, DATA, tokenizer, ["z", "a"]).labels.tolist() == [1, 0]
     unlabelled = datasets.Dataset.from_dict({"text": ["goal", "soup"], "label": [-1, 0]}, features=features)
-    with pytest.raises(FederaError, match=r"a label id outside 0\.\.1"):
+    with pytest.raises(FederaError, match="label '-1' is outside"):
         TASK.encode(unlabelled, DATA, tokenizer, ["z", "a"])
 
 

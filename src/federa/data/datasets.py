@@ -37,7 +37,7 @@ class DataConfig(BaseModel):
         split_seed: of the hold-outs and of `max_*`; apart from the run's seed, so that seeds share test sets.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     train: str = EMBEDDED
     validation: str | None = None
     test: str | None = None

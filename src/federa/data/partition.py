@@ -174,8 +174,9 @@ class Quantity(Partitioner):
 class Pathological(Partitioner):
     """Few groups a client: groups are cut into shards of similar size, and each client gets a few shards.
 
-    After McMahan et al. 2017, except that a shard never straddles two groups. A client may draw two shards
-    of one group. With `min_examples` above 1, a client that is topped up may hold further groups.
+    After McMahan et al. 2017, except that a shard never straddles two groups, and that a client draws two
+    shards of one group only where the group has more shards than there are clients. With `min_examples`
+    above 1, a client that is topped up may hold further groups.
 
     Attributes:
         classes_per_client: the shards, and so at most the groups, of one client.
@@ -197,7 +198,9 @@ class Pathological(Partitioner):
         shards = 1 + _cut(total - len(sizes), sizes - 1)
         shard_group = np.repeat(np.arange(len(sizes)), shards)
         shard_rows = [_cut(int(size), np.ones(n)) for size, n in zip(sizes, shards, strict=True)]
-        holder = rng.permutation(np.arange(total) % self.clients)
+        # Groups in random order, dealt round to clients in random order: neighbours of a group part company.
+        place = np.argsort(np.argsort(rng.permutation(len(sizes))[shard_group], kind="stable"))
+        holder = rng.permutation(self.clients)[place % self.clients]
         counts = np.zeros((self.clients, len(sizes)), dtype=np.int64)
         np.add.at(counts, (holder, shard_group), np.concatenate(shard_rows))
         return _dealt(counts, codes, rng)

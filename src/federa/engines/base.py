@@ -43,6 +43,10 @@ class Engine(Component, ABC):
 
     threads: int | None = Field(default=None, ge=1)
 
+    def num_workers(self) -> int:
+        """Return how many clients are trained at a time."""
+        return 1
+
     @abstractmethod
     def open(self, experiment: Experiment) -> AbstractContextManager[Session]:
         """Start the engine, and stop it (its processes too) at the end of the block."""

@@ -180,6 +180,8 @@ class ProcessesSession:
             return [json.dumps(header).encode(), np.ascontiguousarray(outputs).tobytes()]
         except FederaError as error:
             return [json.dumps({"mistake": str(error)}).encode()]
+        except RoundFailedError as error:
+            return [json.dumps({"failed": str(error)}).encode()]
         except Exception:
             return [json.dumps({"error": traceback.format_exc()}).encode()]
 
@@ -230,6 +232,8 @@ class ProcessesSession:
         worker.busy = None
         if "mistake" in header:
             raise FederaError(header["mistake"])
+        if "failed" in header:
+            raise RoundFailedError(header["failed"])
         if "error" in header:
             raise RuntimeError(f"a worker failed:\n{header['error']}")
         return header, payload
@@ -275,6 +279,9 @@ class Processes(Engine):
     name: Literal["processes"] = "processes"
     workers: int | None = Field(default=None, ge=1)
 
+    def num_workers(self) -> int:  # noqa: D102
+        return self.workers or available_cores()
+
     @contextmanager
     def open(self, experiment: Experiment) -> Iterator[Session]:
         """Fork the workers, and end them with the block.
@@ -282,7 +289,7 @@ class Processes(Engine):
         Raises:
             FederaError: workers x threads exceeds the cores, or the model is not on the CPU.
         """
-        workers = self.workers or available_cores()
+        workers = self.num_workers()
         threads = share_cores(workers, self.threads or 1)
         if experiment.trainer.device.type != "cpu":
             raise FederaError("engine.name=processes runs on the CPU; use device=cpu or engine.name=serial")

@@ -45,11 +45,14 @@ class Method(Component, ABC):
         head: the new task head is trained and averaged (`train`), kept as drawn (`freeze`), or trained by
             each client for itself and never sent (`local`).
         default_lr: the client's learning rate where the recipe gives none.
+        moves_base: the frozen weights depend on the round-0 state, as FeDeRA's residual does: a client must
+            be sent that state too, and an export must undo it.
         export_formats: what `federa export` can make of a run, the first being the default.
     """
 
     export_formats: ClassVar[tuple[ExportFormat, ...]] = ("federa",)
     default_lr: ClassVar[float] = 1e-3
+    moves_base: ClassVar[bool] = False
     head: HeadMode = "train"
 
     @abstractmethod

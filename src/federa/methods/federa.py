@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import ClassVar, Literal
 
 import torch
@@ -72,6 +72,7 @@ class FeDeRA(Method):
 
     export_formats: ClassVar[tuple[ExportFormat, ...]] = ("peft", "merged")
     default_lr: ClassVar[float] = 3e-3
+    moves_base: ClassVar[bool] = True
     name: Literal["federa"] = "federa"
     rank: int = Field(default=DEFAULT_RANK, ge=1)
     alpha: float | None = Field(default=None, gt=0)
@@ -112,7 +113,9 @@ class FeDeRA(Method):
                 cached, _ = load_state(file)
             except FederaError:
                 cached = {}  # a damaged file is written anew
-            if set(cached) == {f"{layer}.lora_{f}" for layer in layers for f in "AB"}:
+            wanted = {f"{n}.lora_A": layer.lora_A.shape for n, layer in layers.items()}
+            wanted |= {f"{n}.lora_B": layer.lora_B.shape for n, layer in layers.items()}
+            if {n: t.shape for n, t in cached.items()} == wanted:
                 return cached
         factors = {}
         for index, (layer_name, layer) in enumerate(layers.items()):
@@ -120,7 +123,8 @@ class FeDeRA(Method):
             a, b = singular_factors(layer.weight, chosen, layer.scale)
             factors[f"{layer_name}.lora_A"], factors[f"{layer_name}.lora_B"] = a, b
         if file is not None:
-            save_state(file, factors, {"base": setup.base})
+            with suppress(OSError):  # without a cache the next run pays again, nothing else
+                save_state(file, factors, {"base": setup.base})
         return factors
 
     def _choose(self, layer: LoRALinear, seed: int, index: int) -> Tensor:

@@ -61,7 +61,8 @@ def tiles(run: RunRecord) -> list[Tile]:
     directions = f"{size_words(run.total('bytes_up'))} up · {size_words(run.total('bytes_down'))} down"
     clients, target = per_client(run), told.target
     spread = f"mean {score(clients.get('mean'))} · 10th percentile {score(clients.get('p10'))}"
-    start = number(run.result.get("seconds_start"))
+    parts = run.result.get("seconds_start")
+    start = number(sum(parts.values())) if isinstance(parts, dict) else None
     reached = f"{time_words(target.get('seconds'))} · {size_words(target.get('bytes'))}"
     found = [
         Tile(f"Final {name}", score(told.final)),

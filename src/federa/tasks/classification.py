@@ -78,12 +78,10 @@ def label_ids(table: Any, data: DataConfig, labels: Sequence[str]) -> IntArray:
     Raises:
         FederaError: a label that the training table does not have.
     """
-    values = table[data.label_column]
-    if hasattr(table.features[data.label_column], "names"):
-        ids = np.asarray(values, dtype=np.int64)
-        if len(ids) and (ids.min() < 0 or ids.max() >= len(labels)):
-            raise FederaError(f"data.label_column: a label id outside 0..{len(labels) - 1}")
-        return ids
+    values = list(table[data.label_column])
+    names = getattr(table.features[data.label_column], "names", None)
+    if names is not None:  # by name: another table may number its labels in another order
+        values = [names[v] if isinstance(v, int) and 0 <= v < len(names) else v for v in values]
     known = {label: i for i, label in enumerate(labels)}
     words = [str(value) for value in values]
     strange = next((word for word in words if word not in known), None)
