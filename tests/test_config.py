@@ -300,3 +300,13 @@ def test_plugins_are_loaded_before_the_names_that_they_bring(tmp_path, monkeypat
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "r.yaml").write_text("plugins: [../my_median.py]\naggregator: mine\n")
     assert load_config(Path("sub/r.yaml")).plugins == config.plugins, "relative to the recipe"
+
+
+def test_another_method_gets_its_own_default_rate_unless_one_was_given():
+    from federa import RunConfig
+
+    default = RunConfig()
+    assert default.replace(**{"method.name": "ft"}).client.lr == 1e-4 != default.client.lr
+    given = RunConfig(client={"lr": 7e-3})
+    assert given.replace(**{"method.name": "ft"}).client.lr == 7e-3
+    assert default.replace(**{"method.name": "ft", "client.lr": 2e-4}).client.lr == 2e-4

@@ -126,6 +126,8 @@ class RunConfig(BaseModel):
     def replace(self, **changes: Any) -> RunConfig:
         """Return a validated copy with dotted keys changed, for example `**{"method.name": "lora"}`."""
         raw = self.model_dump(mode="json")
+        if "method.name" in changes and self.client.lr == self.method.default_lr:
+            raw["client"]["lr"] = None  # it was the old method's default: the new one has its own
         for key, value in changes.items():
             set_key(raw, key, value)
         return parse_config(raw)
