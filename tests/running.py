@@ -16,6 +16,7 @@ import torch
 from federa.cli import main
 from federa.config import RunConfig, parse_config
 from federa.experiment import Experiment, build_experiment
+from federa.state import write_atomically
 from federa.types import Record, State
 
 loop = importlib.import_module("federa.run")  # the module: the name in the package is the function's
@@ -75,7 +76,7 @@ def federa(*arguments: object) -> int:
 
 def short_reports(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let runs write a word for a report: drawing takes longer than the rest of a small run."""
-    monkeypatch.setattr(loop, "write_report", lambda folders, to: (to.write_text("drawn"), to)[1])
+    monkeypatch.setattr(loop, "write_report", lambda folders, to: write_atomically(to, b"drawn"))
 
 
 def forked(action: Callable[[], object]) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -131,8 +130,7 @@ def run(
         summary = _summarise(loop, state)
     if folder is not None:
         folder.write_json("result.json", summary)
-        partial = folder.report.with_name(f".{folder.report.name}.partial")
-        os.replace(write_report([folder.path], partial), folder.report)  # whole once it is there
+        write_report([folder.path], folder.report)
     return Result(config, state, loop.records, summary, folder.path if folder else None)
 
 
@@ -164,8 +162,9 @@ def _stored_config(folder: RunDirectory, asked: RunConfig | None) -> RunConfig:
             asked = asked.replace(**{"client.precision": stored.client.precision})
         if asked.device == "auto":
             asked = asked.replace(device=stored.device)
+        others = dict(_flat(asked.model_dump(mode="json")))
         for key, value in _flat(stored.model_dump(mode="json")):
-            other = dict(_flat(asked.model_dump(mode="json"))).get(key)
+            other = others.get(key)
             if other != value:
                 raise FederaError(
                     f"--resume: {folder.path} was started with {key}={value!r}, not {other!r}; "

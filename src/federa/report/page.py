@@ -17,6 +17,7 @@ from federa.report.partition import partition_figure
 from federa.report.svg import inline_svg
 from federa.report.tables import Table, comparison, rejections, rounds_table, sizes_table, tiles, warnings
 from federa.report.words import plural
+from federa.state import write_atomically
 from federa.types import FederaError
 
 _HERE = Path(__file__).parent
@@ -48,8 +49,7 @@ def write_report(folders: Sequence[Path], to: Path) -> Path:
         undefined=StrictUndefined,
     )
     page = environment.get_template("page.html.j2").render(_context(runs))
-    to.parent.mkdir(parents=True, exist_ok=True)
-    to.write_text(page, encoding="utf-8")
+    write_atomically(to, page.encode())
     return to
 
 
