@@ -248,14 +248,7 @@ def build_experiment(
     seconds["prepare"] = time.perf_counter() - began
     local = frozenset(loaded.head if config.method.head == "local" else ())
     travelling = {name: t for name, t in start.items() if name not in local}
-    sizes = {
-        "total_parameters": num_parameters(loaded.model.parameters()),
-        "trainable_parameters": num_parameters(start.values()),
-        "travelling_parameters": num_parameters(travelling.values()),
-        "head_parameters": num_parameters(p for n, p in loaded.model.named_parameters() if n in loaded.head),
-    }
-    factors = {n: t for n, t in travelling.items() if n not in loaded.head}
-    sizes["start_bytes"] = num_bytes(factors) if config.method.moves_base else 0
+    sizes = _sizes(config, loaded, start, travelling)
     model = loaded.model.to(device)
     if device.type == "cpu":
         speed_up(model)
@@ -276,6 +269,18 @@ def build_experiment(
         sizes=sizes,
         seconds=seconds,
     )
+
+
+def _sizes(config: RunConfig, loaded: Pretrained, start: State, travelling: State) -> dict[str, int]:
+    """Return the counts of `Experiment.sizes` for a prepared model."""
+    factors = {n: t for n, t in travelling.items() if n not in loaded.head}
+    return {
+        "total_parameters": num_parameters(loaded.model.parameters()),
+        "trainable_parameters": num_parameters(start.values()),
+        "travelling_parameters": num_parameters(travelling.values()),
+        "head_parameters": num_parameters(p for n, p in loaded.model.named_parameters() if n in loaded.head),
+        "start_bytes": num_bytes(factors) if config.method.moves_base else 0,
+    }
 
 
 def _partition(config: RunConfig, table: Any, groups: IntArray) -> list[IntArray]:
