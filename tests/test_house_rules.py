@@ -15,7 +15,7 @@ LAYERS = [
     ("state", "registry"),
     (
         "models",
-        "fast_cpu",
+        "cpu",
         "data",
         "tasks",
         "methods",

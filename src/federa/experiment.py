@@ -19,7 +19,7 @@ from federa.config import RunConfig
 from federa.data.batches import Encoded, Ragged, evaluation_batches
 from federa.data.datasets import read_splits
 from federa.data.partition import group_counts, partition_examples
-from federa.fast_cpu import speed_up
+from federa.cpu import speed_up
 from federa.methods import Setup
 from federa.models import Pretrained, load_pretrained, pick_device, require_base
 from federa.seeds import generator, seed_for

@@ -10,7 +10,8 @@ import torch
 import transformers
 from torch import nn
 
-from federa.fast_cpu import ATTENTION, FastDropout, apply_mask, cpu_attention, draw_mask, speed_up
+from federa.cpu import ATTENTION, FastDropout, cpu_attention, speed_up
+from federa.cpu.plain import apply_mask, draw_mask
 from federa.seeds import torch_seeded
 from small import FAMILIES
 

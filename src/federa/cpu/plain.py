@@ -1,4 +1,4 @@
-"""Dropout and attention that cost a CPU little, with the statistics of the originals.
+"""Dropout and attention out of torch's own operations, with the statistics of the originals: no compiler needed.
 
 A mask drawn as torch draws it costs one call of a serial generator for every element, which makes dropout
 the largest part of a small encoder's step. Here one 64-bit draw serves four elements, and masks are applied
@@ -11,11 +11,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import transformers
-from torch import Tensor, nn
-from transformers.masking_utils import AttentionMaskInterface, eager_mask
+from torch import Tensor
 
-ATTENTION = "federa_cpu"
 _STEPS = 1 << 15  # a rate is met to 1 / 65536; the scale is that of the rate that is met, so means are exact
 _LANES = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 
@@ -46,7 +43,7 @@ def apply_mask(x: Tensor, mask: Tensor, scale: float) -> Tensor:
     return x.contiguous().view(lanes).bitwise_and(bits).view(x.dtype).mul_(scale)
 
 
-class _Dropout(torch.autograd.Function):  # type: ignore[misc]
+class PlainDropout(torch.autograd.Function):  # type: ignore[misc]
     """Dropout of a tensor of any shape."""
 
     @staticmethod
@@ -61,18 +58,7 @@ class _Dropout(torch.autograd.Function):  # type: ignore[misc]
         return apply_mask(grads[0], mask, ctx.scale), None
 
 
-class FastDropout(nn.Dropout):  # type: ignore[misc]
-    """A drop-in for `nn.Dropout` on a CPU."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return x with each element dropped at the rate `p` in training, and unchanged otherwise."""
-        if not self.training or self.p == 0:
-            return x
-        out: Tensor = _Dropout.apply(x, self.p)
-        return out
-
-
-class _Attention(torch.autograd.Function):  # type: ignore[misc]
+class PlainAttention(torch.autograd.Function):  # type: ignore[misc]
     """softmax(Q K^T + mask), dropped out, times V; Q is scaled already.
 
     Q, K, V are `(batch * heads, length, width)`; the additive mask broadcasts to
@@ -104,48 +90,3 @@ class _Attention(torch.autograd.Function):  # type: ignore[misc]
         d_v = torch.bmm(dropped.transpose(1, 2), grad)
         d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
         return torch.bmm(d_scores, k), torch.bmm(d_scores.transpose(1, 2), q), d_v, None, None
-
-
-def cpu_attention(  # noqa: PLR0917
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """Attend, in the form that transformers' `AttentionInterface` calls.
-
-    Args:
-        module: the calling layer.
-        query: `(batch, heads, length, width)`; key and value likewise.
-        key: see query.
-        value: see query.
-        attention_mask: additive, `(batch, 1, length, length)` or something that broadcasts to it, or None.
-        scaling: of the scores; None for `width ** -0.5`.
-        dropout: the rate for the attention weights.
-
-    Returns:
-        `(batch, length, heads, width)`, and no weights.
-    """
-    batch, heads, length, width = query.shape
-    flat = (batch * heads, length, width)
-    scaled = query * (width**-0.5 if scaling is None else scaling)
-    rate = dropout if module.training else 0.0
-    out: Tensor = _Attention.apply(
-        scaled.reshape(flat), key.reshape(flat), value.reshape(flat), attention_mask, rate
-    )
-    return out.view(batch, heads, length, width).transpose(1, 2), None
-
-
-def speed_up(model: Any) -> None:
-    """Give a transformers model the fast dropout and, if its family takes one, the fast attention."""
-    for module in model.modules():
-        if type(module) is nn.Dropout:
-            module.__class__ = FastDropout
-    if getattr(model, "_supports_attention_backend", False):
-        transformers.AttentionInterface.register(ATTENTION, cpu_attention)
-        AttentionMaskInterface.register(ATTENTION, eager_mask)
-        model.set_attn_implementation(ATTENTION)

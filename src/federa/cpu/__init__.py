@@ -1,0 +1,203 @@
+"""What makes a training step on a CPU fast: fused kernels in the place of chains of small operations.
+
+`speed_up` changes a transformers model in place. What it puts in computes what was there before, to rounding;
+dropout keeps its rate and its independence, and draws other masks. With a compiler the kernels of `kernels.cpp`
+are used (`fused.py`), without one torch's own operations (`plain.py`).
+"""
+
+from __future__ import annotations
+
+from ctypes import CDLL
+from typing import Any, cast
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.activations import GELUActivation
+from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function, eager_mask
+
+from federa.cpu import fused, native, plain
+
+ATTENTION = "federa_cpu"
+
+
+class FastDropout(nn.Dropout):  # type: ignore[misc, unused-ignore]
+    """A drop-in for `nn.Dropout` on a CPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x with each element dropped at the rate `p` in training, and unchanged otherwise."""
+        if not self.training or self.p == 0:
+            return x
+        library = native.load()
+        if library is not None and fused.takes(x):
+            return cast("Tensor", fused.Dropout.apply(library, x, self.p))
+        return cast("Tensor", plain.PlainDropout.apply(x, self.p))
+
+
+def without_bias(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return a linear map's output and the bias that is still to be added to it, if it is a plain one.
+
+    Adding a bias in the pass that reads the output anyway saves a pass over it.
+    """
+    if type(layer) is nn.Linear:
+        return F.linear(x, layer.weight), layer.bias
+    return layer(x), None
+
+
+class FusedOutput(nn.Module):  # type: ignore[misc, unused-ignore]
+    """The end of a sub-layer: LayerNorm(dropout(dense(x)) + residual), in one pass after the product."""
+
+    def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+        """Return the sub-layer's output, `(..., width)` like the residual `input_tensor`."""
+        h, bias = without_bias(self.dense, hidden_states)
+        norm, library = self.LayerNorm, native.load()
+        rate = self.dropout.p if self.training else 0.0
+        known = [t for t in (h, bias, input_tensor, norm.weight, norm.bias) if t is not None]
+        if library is None or not fused.takes(*known):
+            h = h if bias is None else h + bias
+            return cast("Tensor", norm(self.dropout(h) + input_tensor))
+        out = fused.Norm.apply(library, h, bias, input_tensor, norm.weight, norm.bias, norm.eps, rate)
+        return cast("Tensor", out)
+
+
+class FusedIntermediate(nn.Module):  # type: ignore[misc, unused-ignore]
+    """The widening half of a feed-forward layer: GELU(dense(x)), in one pass after the product."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Return `(..., intermediate width)` of `(..., width)`."""
+        h, bias = without_bias(self.dense, hidden_states)
+        library = native.load()
+        if library is None or not fused.takes(*[t for t in (h, bias) if t is not None]):
+            return cast("Tensor", self.intermediate_act_fn(h if bias is None else h + bias))
+        return cast("Tensor", fused.Gelu.apply(library, h, bias))
+
+
+def cpu_attention(  # noqa: PLR0917
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attend, in the form that transformers' `AttentionInterface` calls.
+
+    Args:
+        module: the calling layer.
+        query: `(batch, heads, length, width)`; key and value likewise.
+        key: see query.
+        value: see query.
+        attention_mask: additive, something that broadcasts to `(batch, heads, length, length)`, or None.
+        scaling: of the scores; None for `width ** -0.5`.
+        dropout: the rate for the attention weights.
+
+    Returns:
+        `(batch, length, heads, width)`, and no weights.
+    """
+    batch, heads, length, width = query.shape
+    scale = width**-0.5 if scaling is None else scaling
+    rate = dropout if module.training else 0.0
+    library = native.load()
+    if library is not None and _fits_tiles(library, query, key, value, attention_mask):
+        mask = None if attention_mask is None else attention_mask.float().expand(batch, 1, 1, length).contiguous()
+        return cast("Tensor", fused.Attention.apply(library, query, key, value, mask, scale, rate)), None
+    flat = (batch * heads, length, width)
+    out = plain.PlainAttention.apply(
+        (query * scale).reshape(flat), key.reshape(flat), value.reshape(flat), attention_mask, rate
+    )
+    return cast("Tensor", out).view(batch, heads, length, width).transpose(1, 2), None
+
+
+def _fits_tiles(library: CDLL, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+    """Return whether the attention on matrix tiles takes this: bf16, and a mask over keys alone."""
+    return (
+        bool(library.has_tiles())
+        and fused.takes(query, key, value)
+        and query.dtype == torch.bfloat16
+        and query.shape == key.shape == value.shape
+        and all(t.stride(-1) == 1 for t in (query, key, value))
+        and (mask is None or mask.shape[1:3] == (1, 1))
+    )
+
+
+def key_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    mask_function: Any = None,
+    attention_mask: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
+) -> Tensor | None:
+    """Make a mask for `cpu_attention`: of one row for all queries where they see the same keys.
+
+    Returns:
+        `(batch, 1, 1, keys)`, additive; `(batch, 1, queries, keys)` where queries differ; None for no mask.
+    """
+    alike = mask_function is bidirectional_mask_function and not options.get("use_vmap")
+    if not alike or attention_mask is None or attention_mask.shape != (batch_size, kv_length):
+        return cast(
+            "Tensor | None",
+            eager_mask(
+                batch_size=batch_size,
+                q_length=q_length,
+                kv_length=kv_length,
+                mask_function=mask_function,
+                attention_mask=attention_mask,
+                dtype=dtype,
+                **options,
+            ),
+        )
+    hidden = ~attention_mask.bool()
+    if options.get("allow_is_bidirectional_skip") and not hidden.any():
+        return None
+    mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, torch.finfo(dtype).min)
+    return mask[:, None, None, :]
+
+
+def speed_up(model: Any) -> None:
+    """Give a transformers model the fast dropout, attention and sub-layer ends that its family can take."""
+    for module in list(model.modules()):
+        if type(module) is nn.Dropout:
+            module.__class__ = FastDropout
+    for module in list(model.modules()):
+        children = {name: child for name, child in module.named_children()}
+        if set(children) == {"dense", "LayerNorm", "dropout"} and type(children["LayerNorm"]) is nn.LayerNorm:
+            _replace(module, FusedOutput, inputs=2)
+        elif set(children) == {"dense", "intermediate_act_fn"} and _is_exact_gelu(children["intermediate_act_fn"]):
+            _replace(module, FusedIntermediate, inputs=1)
+    if getattr(model, "_supports_attention_backend", False):
+        transformers.AttentionInterface.register(ATTENTION, cpu_attention)
+        AttentionMaskInterface.register(ATTENTION, key_mask)
+        model.set_attn_implementation(ATTENTION)
+
+
+def _is_exact_gelu(module: nn.Module) -> bool:
+    return type(module) is GELUActivation and module.act is F.gelu
+
+
+def _replace(module: nn.Module, by: type[nn.Module], inputs: int) -> None:
+    """Make a module one of another class, if on random numbers it computes the same.
+
+    The names of its parts say what it probably is; only numbers tell a family that puts them together in
+    another way.
+    """
+    linear = module.dense
+    widths = [linear.in_features, linear.out_features][:inputs]
+    draws = torch.Generator().manual_seed(0)
+    example = [torch.randn(2, 3, width, generator=draws).to(linear.weight.dtype) for width in widths]
+    training, original = module.training, module.__class__
+    module.eval()
+    try:
+        with torch.no_grad():
+            expected = module(*example)
+            module.__class__ = by
+            same = torch.allclose(module(*example).float(), expected.float(), atol=1e-4, rtol=1e-3)
+    except TypeError:  # it is called in another way
+        same = False
+    if not same:
+        module.__class__ = original
+    module.train(training)

@@ -1,0 +1,178 @@
+"""The compiled kernels as differentiable functions of tensors.
+
+Every function takes contiguous or strided CPU tensors of float32 or bfloat16 and gives the same bits for any
+number of threads. Dropout masks are functions of one number drawn from torch's generator: nothing is stored.
+"""
+
+from __future__ import annotations
+
+from ctypes import CDLL
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+_NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+
+
+def takes(*tensors: Tensor) -> bool:
+    """Return whether the kernels take these tensors: one dtype, float32 or bfloat16, on the CPU."""
+    first = tensors[0].dtype
+    return first in _NAMES and all(t.dtype == first and t.device.type == "cpu" for t in tensors)
+
+
+def _at(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _seed(rate: float) -> int:
+    return int(torch.randint(2**62, ()).item()) if rate > 0 else 0
+
+
+class Dropout(torch.autograd.Function):  # type: ignore[misc, unused-ignore]
+    """Dropout of a tensor of any shape: (library, x, rate)."""
+
+    @staticmethod
+    def forward(ctx: Any, library: CDLL, x: Tensor, rate: float) -> Tensor:  # noqa: D102
+        ctx.library, ctx.rate, ctx.seed = library, rate, _seed(rate)
+        return _dropout(library, x, rate, ctx.seed)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
+        return None, _dropout(ctx.library, grads[0], ctx.rate, ctx.seed), None
+
+
+def _dropout(library: CDLL, x: Tensor, rate: float, seed: int) -> Tensor:
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    function = getattr(library, f"dropout_{_NAMES[x.dtype]}")
+    function(_at(x), _at(y), x.numel(), rate, seed, torch.get_num_threads())
+    return y
+
+
+class Gelu(torch.autograd.Function):  # type: ignore[misc, unused-ignore]
+    """GELU (Hendrycks and Gimpel 2016, the exact form) of h + bias: (library, h, bias or None)."""
+
+    @staticmethod
+    def forward(ctx: Any, library: CDLL, h: Tensor, bias: Tensor | None) -> Tensor:  # noqa: D102
+        h = h.contiguous()
+        y = torch.empty_like(h)
+        wanted = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        slope = torch.empty_like(h) if wanted else None
+        rows, cols = h.numel() // h.shape[-1], h.shape[-1]
+        function = getattr(library, f"gelu_{_NAMES[h.dtype]}")
+        function(_at(h), _at(bias), _at(y), _at(slope), rows, cols, torch.get_num_threads())
+        ctx.save_for_backward(slope)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
+        (slope,) = ctx.saved_tensors
+        d_h = slope * grads[0]
+        d_bias = d_h.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
+        return None, d_h, d_bias
+
+
+class Norm(torch.autograd.Function):  # type: ignore[misc, unused-ignore]
+    """LN(dropout(h + bias) + residual): (library, h, bias or None, residual, weight, beta, eps, rate)."""
+
+    @staticmethod
+    def forward(  # noqa: D102, PLR0917
+        ctx: Any,
+        library: CDLL,
+        h: Tensor,
+        bias: Tensor | None,
+        residual: Tensor,
+        weight: Tensor,
+        beta: Tensor,
+        eps: float,
+        rate: float,
+    ) -> Tensor:
+        h, residual = h.contiguous(), residual.contiguous()
+        rows, cols = h.numel() // h.shape[-1], h.shape[-1]
+        y = torch.empty_like(h)
+        wanted = any(ctx.needs_input_grad)
+        normed = torch.empty_like(h) if wanted else None
+        rstd = torch.empty(rows) if wanted else None
+        ctx.library, ctx.rate, ctx.seed = library, rate, _seed(rate)
+        getattr(library, f"norm_{_NAMES[h.dtype]}")(
+            *map(_at, (h, bias, residual, weight, beta, y, normed, rstd)),
+            rows,
+            cols,
+            eps,
+            rate,
+            ctx.seed,
+            torch.get_num_threads(),
+        )
+        ctx.save_for_backward(normed, rstd, weight)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
+        normed, rstd, weight = ctx.saved_tensors
+        grad = grads[0].contiguous()
+        rows, cols = grad.numel() // grad.shape[-1], grad.shape[-1]
+        d_residual = torch.empty_like(grad)
+        d_h = torch.empty_like(grad) if ctx.rate > 0 else None
+        getattr(ctx.library, f"norm_backward_{_NAMES[grad.dtype]}")(
+            *map(_at, (grad, normed, rstd, weight, d_residual, d_h)),
+            rows,
+            cols,
+            ctx.rate,
+            ctx.seed,
+            torch.get_num_threads(),
+        )
+        d_h = d_residual if d_h is None else d_h
+        needs = ctx.needs_input_grad
+        flat = grad.view(rows, cols)
+        d_bias = d_h.view(rows, cols).sum(0) if needs[2] else None
+        d_weight = (flat.float() * normed.view(rows, cols).float()).sum(0).to(weight.dtype) if needs[4] else None
+        d_beta = flat.sum(0) if needs[5] else None
+        return None, d_h, d_bias, d_residual, d_weight, d_beta, None, None
+
+
+class Attention(torch.autograd.Function):  # type: ignore[misc, unused-ignore]
+    """softmax(scale * Q K^T + mask), dropped out, times V, on bf16 matrix tiles.
+
+    Takes (library, q, k, v, mask, scale, rate): q, k and v `(batch, heads, length, width)` of bfloat16 with
+    neighbours in the last dimension, the mask `(batch, length)` float32 over keys or None.
+    Gives `(batch, length, heads, width)`. The weights are never stored: the backward pass computes them again
+    from the logarithms of their sums, as in FlashAttention (Dao et al. 2022, algorithm 4).
+    """
+
+    @staticmethod
+    def forward(  # noqa: D102, PLR0917
+        ctx: Any,
+        library: CDLL,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        scale: float,
+        rate: float,
+    ) -> Tensor:
+        batch, heads, length, width = q.shape
+        out = torch.empty(batch, length, heads, width, dtype=q.dtype)
+        lse = torch.empty(batch, heads, length) if any(ctx.needs_input_grad) else None
+        strides = torch.tensor([step for t in (q, k, v) for step in t.stride()[:3]])
+        seed = _seed(rate)
+        tensors = map(_at, (q, k, v, strides, mask, out, lse))
+        ctx.numbers = (batch, heads, length, width, scale, rate, seed)
+        library.attention(*tensors, *ctx.numbers, torch.get_num_threads())
+        ctx.library = library
+        ctx.save_for_backward(q, k, v, strides, mask, out, lse)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
+        q, k, v, strides, mask, out, lse = ctx.saved_tensors
+        grad = grads[0].contiguous()
+        d_q, d_k, d_v = (torch.empty_like(out) for _ in range(3))
+        tensors = map(_at, (q, k, v, strides, mask, out, lse, grad, d_q, d_k, d_v))
+        ctx.library.attention_backward(*tensors, *ctx.numbers, torch.get_num_threads())
+        return None, d_q.transpose(1, 2), d_k.transpose(1, 2), d_v.transpose(1, 2), None, None, None

@@ -1,0 +1,707 @@
+// The elementwise passes and the attention of a transformer encoder, fused, for one training step on a CPU.
+//
+// Plain C functions on raw pointers: rows are contiguous, `threads` splits rows or heads, and no result depends
+// on it. bf16 is read and written, float32 is computed in. Dropout is a hash of (seed, index of the element),
+// so the backward pass draws the same mask again instead of storing it.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <type_traits>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+#ifdef __AMX_BF16__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace {
+
+// ---- sixteen lanes at a time; the compiler splits them where the processor has fewer ----
+
+struct bf16 {
+    uint16_t bits;
+};
+constexpr int64_t LANES = 16;
+typedef float Floats __attribute__((vector_size(64)));
+typedef uint32_t Words __attribute__((vector_size(64)));
+typedef int32_t Ints __attribute__((vector_size(64)));
+typedef uint16_t Halves __attribute__((vector_size(32)));
+
+inline Floats load(const float *from, int64_t count = LANES) {
+    Floats x = {};
+    std::memcpy(&x, from, count * 4);
+    return x;
+}
+inline Floats load(const bf16 *from, int64_t count = LANES) {
+    Halves bits = {};
+    std::memcpy(&bits, from, count * 2);
+#ifdef __AVX512F__
+    Words wide = (Words)_mm512_cvtepu16_epi32((__m256i)bits);
+#else
+    Words wide = __builtin_convertvector(bits, Words);
+#endif
+    return (Floats)(wide << 16);
+}
+inline void store(float *to, Floats x, int64_t count = LANES) { std::memcpy(to, &x, count * 4); }
+inline void store(bf16 *to, Floats x, int64_t count = LANES) {  // to nearest, ties to even
+#ifdef __AVX512BF16__
+    auto bits = _mm512_cvtneps_pbh((__m512)x);
+#else
+    Words wide = (Words)x;
+    wide += 0x7fff + ((wide >> 16) & 1);
+    Halves bits = __builtin_convertvector(wide >> 16, Halves);
+#endif
+    std::memcpy(to, &bits, count * 2);
+}
+
+// Call body(i, count) for whole vectors, then for what is left of a row.
+template <class Body> inline void sweep(int64_t size, Body body) {
+    int64_t i = 0;
+    for (; i + LANES <= size; i += LANES) body(i, std::integral_constant<int64_t, LANES>{});
+    if (i < size) body(i, size - i);
+}
+
+// Halve until one lane is left; the order is fixed.
+template <class Join> inline float fold(Floats x, Join join) {
+    float lane[LANES];
+    std::memcpy(lane, &x, sizeof lane);
+    for (int half = LANES / 2; half; half /= 2) {
+        for (int i = 0; i < half; i++) lane[i] = join(lane[i], lane[i + half]);
+    }
+    return lane[0];
+}
+inline float sum_of(Floats x) {
+#ifdef __AVX512F__
+    return _mm512_reduce_add_ps((__m512)x);
+#else
+    return fold(x, [](float a, float b) { return a + b; });
+#endif
+}
+inline float max_of(Floats x) {
+#ifdef __AVX512F__
+    return _mm512_reduce_max_ps((__m512)x);
+#else
+    return fold(x, [](float a, float b) { return a > b ? a : b; });
+#endif
+}
+
+// exp to 4e-7 relative: Taylor to degree 6 on [-ln2 / 2, ln2 / 2]. Below -80 it is zero, not a number so small
+// that the processor slows down on it. x <= 88; NaN stays NaN.
+inline Floats exponential(Floats x) {
+    const float round = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+    Floats shifted = x * 1.44269504f + round, n = shifted - round;
+    Floats r = x - n * 0.69314718f;
+    Floats p = r * (1.0f / 720) + 1.0f / 120;
+    p = p * r + 1.0f / 24;
+    p = p * r + 1.0f / 6;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    p *= (Floats)(((Ints)shifted - 0x4b400000 + 127) << 23);
+    return x < -80.0f ? Floats{} : p;
+}
+
+struct Dropout {
+    uint32_t low, high, threshold;
+    float scale;
+
+    Dropout(uint64_t seed, float rate)
+        : low(uint32_t(seed)), high(uint32_t(seed >> 32)), threshold(uint32_t(double(rate) * 4294967296.0)),
+          scale(float(1.0 / (1.0 - double(rate)))) {}
+
+    // x where element first + lane * step is kept, scaled; zero where it is dropped.
+    // lowbias32 (Wellons, hash-prospector), keyed before each of its two multiplications.
+    inline Floats operator()(Floats value, uint32_t first, uint32_t step = 1) const {
+        const Words lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+        Words x = (lane * step + first) * 0x9e3779b1u + low;
+        x ^= x >> 16;
+        x *= 0x7feb352du;
+        x ^= (x >> 15) + high;
+        x *= 0x846ca68bu;
+        x ^= x >> 16;
+        return x >= threshold ? value * scale : Floats{};
+    }
+};
+
+struct Row {  // float32 scratch for one row
+    float *data;
+    explicit Row(int64_t cols) : data(static_cast<float *>(std::aligned_alloc(64, (cols * 4 + 63) / 64 * 64))) {}
+    ~Row() { std::free(data); }
+};
+
+// ---- elementwise passes; T is float or bf16 ----
+
+// y = x * Phi(x) and, where it is wanted, dy/dx = Phi(x) + x * phi(x), for x = h + bias.
+// erf by Abramowitz and Stegun 7.1.26 (1.5e-7 absolute): one exponential serves both.
+template <bool with_bias, bool with_slope>
+void gelu_row(const float *h, const float *bias, float *y, float *slope, int64_t cols) {
+    sweep(cols, [=](int64_t i, auto count) {
+        Floats x = load(h + i, count);
+        if (with_bias) x += load(bias + i, count);
+        Floats z = x * 0.70710678f;
+        Floats e = exponential(-z * z);
+        z = z < 0.0f ? -z : z;
+        Floats t = 1.0f / (z * 0.3275911f + 1.0f);
+        Floats tail = t * 1.061405429f - 1.453152027f;
+        tail = tail * t + 1.421413741f;
+        tail = tail * t - 0.284496736f;
+        tail = (tail * t + 0.254829592f) * t;
+        Floats below = tail * e * 0.5f;  // Phi(-|x|)
+        Floats cdf = x < 0.0f ? below : 1.0f - below;
+        store(y + i, x * cdf, count);
+        if (with_slope) store(slope + i, x * e * 0.39894228f + cdf, count);
+    });
+}
+
+// A bf16 has 65,536 values: look y and its slope up. Those that occur fit into the nearest cache.
+struct GeluTable {
+    uint32_t entry[1 << 16];  // y in the low half, the slope in the high one
+    GeluTable() {
+        for (uint32_t bits = 0; bits < 1 << 16; bits++) {
+            uint32_t wide = bits << 16;
+            float x;
+            std::memcpy(&x, &wide, 4);
+            double cdf = 0.5 * std::erfc(-double(x) * 0.70710678118654752);
+            double slope = cdf + x * std::exp(-0.5 * double(x) * x) * 0.39894228040143268;
+            bool huge = std::isinf(x);  // inf * 0 is not a number
+            entry[bits] = half(huge && x < 0 ? 0.0f : float(x * cdf)) | half(huge ? x > 0 : float(slope)) << 16;
+        }
+    }
+    static uint32_t half(float x) {
+        Floats wide = Floats{} + x;
+        bf16 out[LANES];
+        store(out, wide);
+        return out[0].bits;
+    }
+};
+
+template <bool with_bias, bool with_slope>
+void gelu_row(const bf16 *h, const bf16 *bias, bf16 *y, bf16 *slope, int64_t cols) {
+    static const GeluTable table;
+    sweep(cols, [=](int64_t i, auto count) {
+        Halves bits = {};
+        if (with_bias) store(reinterpret_cast<bf16 *>(&bits), load(h + i, count) + load(bias + i, count));
+        else std::memcpy(&bits, h + i, count * 2);
+#ifdef __AVX512F__
+        Words found = (Words)_mm512_i32gather_epi32(_mm512_cvtepu16_epi32((__m256i)bits), table.entry, 4);
+#else
+        Words found;
+        for (int64_t lane = 0; lane < LANES; lane++) found[lane] = table.entry[bits[lane]];
+#endif
+        Halves low = __builtin_convertvector(found, Halves), high = __builtin_convertvector(found >> 16, Halves);
+        std::memcpy(y + i, &low, count * 2);
+        if (with_slope) std::memcpy(slope + i, &high, count * 2);
+    });
+}
+
+template <class T> void gelu(const T *h, const T *bias, T *y, T *slope, int64_t rows, int64_t cols, int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (int64_t row = 0; row < rows; row++) {
+        int64_t at = row * cols;
+        if (bias && slope) gelu_row<true, true>(h + at, bias, y + at, slope + at, cols);
+        else if (bias) gelu_row<true, false>(h + at, bias, y + at, slope, cols);
+        else if (slope) gelu_row<false, true>(h + at, bias, y + at, slope + at, cols);
+        else gelu_row<false, false>(h + at, bias, y + at, slope, cols);
+    }
+}
+
+// One row of LN(dropout(h + bias) + residual) * weight + beta; v is scratch. Returns 1 / sigma.
+template <class T>
+float norm_row(const T *h, const T *bias, const T *residual, const T *weight, const T *beta, T *y, T *normed, float *v,
+               int64_t cols, float eps, bool drops, Dropout drop, uint32_t first) {
+    Floats sum = {}, square = {};
+    sweep(cols, [&](int64_t i, auto count) {
+        Floats x = load(h + i, count);
+        if (bias) x += load(bias + i, count);
+        if (drops) x = drop(x, first + uint32_t(i));
+        x += load(residual + i, count);
+        store(v + i, x, count);
+        sum += x;  // lanes beyond a row's end are zero; with dropout, because what they scale is
+    });
+    float mean = sum_of(sum) / cols;
+    sweep(cols, [&](int64_t i, auto count) {
+        Floats x = load(v + i, count) - mean;
+        if (count < LANES) {
+            for (int64_t lane = count; lane < LANES; lane++) x[lane] = 0;
+        }
+        square += x * x;
+    });
+    float r = 1.0f / std::sqrt(sum_of(square) / cols + eps);
+    sweep(cols, [&](int64_t i, auto count) {
+        Floats x = (load(v + i, count) - mean) * r;
+        if (normed) store(normed + i, x, count);
+        store(y + i, x * load(weight + i, count) + load(beta + i, count), count);
+    });
+    return r;
+}
+
+// Keeps what the backward pass needs, where `normed` is wanted: the normalised rows and 1 / sigma.
+template <class T>
+void norm(const T *h, const T *bias, const T *residual, const T *weight, const T *beta, T *y, T *normed, float *rstd,
+          int64_t rows, int64_t cols, float eps, float rate, uint64_t seed, int threads) {
+    Dropout drop(seed, rate);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        Row scratch(cols);
+#pragma omp for
+        for (int64_t row = 0; row < rows; row++) {
+            int64_t at = row * cols;
+            float r = norm_row(h + at, bias, residual + at, weight, beta, y + at, normed ? normed + at : nullptr,
+                               scratch.data, cols, eps, rate > 0, drop, uint32_t(at));
+            if (normed) rstd[row] = r;
+        }
+    }
+}
+
+template <class T>
+void norm_backward_row(const T *g, const T *n, float r, const T *weight, T *d, T *d_h, float *v, int64_t cols,
+                       Dropout drop, uint32_t first) {
+    Floats sums = {}, dots = {};
+    sweep(cols, [&](int64_t i, auto count) {
+        Floats x = load(g + i, count) * load(weight + i, count);
+        store(v + i, x, count);
+        sums += x;
+        dots += x * load(n + i, count);
+    });
+    float sum = sum_of(sums) / cols, dot = sum_of(dots) / cols;
+    sweep(cols, [&](int64_t i, auto count) {
+        Floats x = (load(v + i, count) - sum - load(n + i, count) * dot) * r;
+        store(d + i, x, count);
+        if (d_h) store(d_h + i, drop(x, first + uint32_t(i)), count);
+    });
+}
+
+// d_residual and, with dropout, d_h = d_residual through the mask; d_h may be null.
+template <class T>
+void norm_backward(const T *grad, const T *normed, const float *rstd, const T *weight, T *d_residual, T *d_h,
+                   int64_t rows, int64_t cols, float rate, uint64_t seed, int threads) {
+    Dropout drop(seed, rate);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        Row scratch(cols);
+#pragma omp for
+        for (int64_t row = 0; row < rows; row++) {
+            int64_t at = row * cols;
+            norm_backward_row(grad + at, normed + at, rstd[row], weight, d_residual + at, d_h ? d_h + at : nullptr,
+                              scratch.data, cols, drop, uint32_t(at));
+        }
+    }
+}
+
+template <class T> void dropout(const T *x, T *y, int64_t size, float rate, uint64_t seed, int threads) {
+    const Dropout drop(seed, rate);
+    constexpr int64_t PART = 1 << 14;
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (int64_t from = 0; from < size; from += PART) {
+        sweep(std::min(PART, size - from), [=](int64_t i, auto count) {
+            store(y + from + i, drop(load(x + from + i, count), uint32_t(from + i)), count);
+        });
+    }
+}
+
+}  // namespace
+
+#ifdef __AMX_BF16__
+namespace {
+
+// ---- attention on AMX tiles: 16 x 32 bf16 times 32 x 16 bf16 into 16 x 16 float32 ----
+
+constexpr int64_t TILE = 512;  // bf16 numbers in a tile
+
+struct TileConfig {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+// C (m x n float32, row length n) = A (m x k bf16, rows) * B (k x n bf16, packed); m, n, k multiples of 32.
+void multiply(const bf16 *A, const bf16 *B, float *C, int64_t m, int64_t n, int64_t k) {
+    int64_t depth = k / 32;
+    for (int64_t i = 0; i < m; i += 32) {
+        for (int64_t j = 0; j < n; j += 32) {
+            _tile_zero(0);
+            _tile_zero(1);
+            _tile_zero(2);
+            _tile_zero(3);
+            const bf16 *a = A + i * k, *b = B + j / 16 * depth * TILE;
+            for (int64_t p = 0; p < depth; p++) {
+                _tile_loadd(4, a + p * 32, k * 2);
+                _tile_loadd(5, a + 16 * k + p * 32, k * 2);
+                _tile_loadd(6, b + p * TILE, 64);
+                _tile_loadd(7, b + (depth + p) * TILE, 64);
+                _tile_dpbf16ps(0, 4, 6);
+                _tile_dpbf16ps(1, 4, 7);
+                _tile_dpbf16ps(2, 5, 6);
+                _tile_dpbf16ps(3, 5, 7);
+            }
+            float *c = C + i * n + j;
+            _tile_stored(0, c, n * 4);
+            _tile_stored(1, c + 16, n * 4);
+            _tile_stored(2, c + 16 * n, n * 4);
+            _tile_stored(3, c + 16 * n + 16, n * 4);
+        }
+    }
+}
+
+// Packed B holds for each 16 columns and each 32 of depth a tile whose row p has the pairs (B[2p], B[2p + 1]).
+
+inline void interleave(const bf16 *even, const bf16 *odd, uint32_t *to) {
+    Words pairs = (Words)load(odd) | (Words)load(even) >> 16;
+    std::memcpy(to, &pairs, 64);
+}
+
+// From X (rows x cols, zero-padded copy, row length cols): B = X, so depth runs over X's rows.
+void pack_rows(const bf16 *X, bf16 *B, int64_t rows, int64_t cols) {
+    int64_t depth = rows / 32;
+    for (int64_t p = 0; p < rows / 2; p++) {
+        const bf16 *even = X + 2 * p * cols, *odd = even + cols;
+        bf16 *row = B + (p / 16) * TILE + (p % 16) * 32;
+        for (int64_t j = 0; j < cols; j += 16) {
+            uint32_t *to = reinterpret_cast<uint32_t *>(row + j / 16 * depth * TILE);
+            interleave(even + j, odd + j, to);
+        }
+    }
+}
+
+// Transpose 16 x 16 words: swap the off-diagonal blocks of 8, then of 4, 2 and 1.
+template <int block> inline void swap_blocks(Words *row) {
+    Words first, second;
+    for (int lane = 0; lane < 16; lane++) {
+        first[lane] = lane & block ? lane + 16 - block : lane;
+        second[lane] = lane & block ? lane + 16 : lane + block;
+    }
+    for (int i = 0; i < 16; i++) {
+        if (i & block) continue;
+        Words upper = row[i], lower = row[i + block];
+        row[i] = __builtin_shuffle(upper, lower, first);
+        row[i + block] = __builtin_shuffle(upper, lower, second);
+    }
+}
+// Rows of X are `from` words apart, rows of Y `to`.
+inline void transpose_words(const uint32_t *X, int64_t from, uint32_t *Y, int64_t to) {
+    Words row[16];
+    for (int i = 0; i < 16; i++) std::memcpy(&row[i], X + i * from, 64);
+    swap_blocks<8>(row);
+    swap_blocks<4>(row);
+    swap_blocks<2>(row);
+    swap_blocks<1>(row);
+    for (int i = 0; i < 16; i++) std::memcpy(Y + i * to, &row[i], 64);
+}
+
+// B = X transposed, so depth runs over X's columns: pairs are neighbours in a row of X.
+void pack_columns(const bf16 *X, bf16 *B, int64_t rows, int64_t cols) {
+    int64_t depth = cols / 32;
+    const uint32_t *pairs = reinterpret_cast<const uint32_t *>(X);
+    for (int64_t j = 0; j < rows; j += 16) {
+        uint32_t *to = reinterpret_cast<uint32_t *>(B + j / 16 * depth * TILE);
+        for (int64_t p = 0; p < depth; p++) {
+            transpose_words(pairs + j * (cols / 2) + p * 16, cols / 2, to + p * TILE / 2, 16);
+        }
+    }
+}
+
+// Y = X transposed, out of what pack_columns made of X: its words are pairs of neighbouring rows of Y.
+void unpack_rows(const bf16 *packed, bf16 *Y, int64_t rows, int64_t cols) {
+    int64_t depth = cols / 32;
+    for (int64_t j = 0; j < rows; j += 16) {
+        const uint32_t *from = reinterpret_cast<const uint32_t *>(packed + j / 16 * depth * TILE);
+        for (int64_t p = 0; p < cols / 2; p++) {
+            Words pairs;
+            std::memcpy(&pairs, from + p * 16, 64);
+            Halves even = __builtin_convertvector(pairs, Halves), odd = __builtin_convertvector(pairs >> 16, Halves);
+            std::memcpy(Y + 2 * p * rows + j, &even, 32);
+            std::memcpy(Y + (2 * p + 1) * rows + j, &odd, 32);
+        }
+    }
+}
+
+// Y (cols x rows bf16, as pairs) = X (rows x cols float32) transposed; scratch holds rows * cols numbers.
+void transpose_down(const float *X, uint32_t *scratch, uint32_t *Y, int64_t rows, int64_t cols) {
+    for (int64_t r = 0; r < rows; r += 2) {
+        for (int64_t c = 0; c < cols; c += 16) {
+            bf16 even[16], odd[16];
+            store(even, load(X + r * cols + c));
+            store(odd, load(X + (r + 1) * cols + c));
+            interleave(even, odd, scratch + r / 2 * cols + c);
+        }
+    }
+    for (int64_t r = 0; r < rows / 2; r += 16) {
+        for (int64_t c = 0; c < cols; c += 16) {
+            transpose_words(scratch + r * cols + c, cols, Y + c * (rows / 2) + r, rows / 2);
+        }
+    }
+}
+
+// Copy one head, rows x width out of strided rows, into a zero-padded block.
+void gather(const bf16 *from, int64_t stride, bf16 *to, int64_t rows, int64_t width, int64_t padded) {
+    for (int64_t r = 0; r < rows; r++) {
+        sweep(width, [&](int64_t i, auto count) { std::memcpy(to + r * padded + i, from + r * stride + i, count * 2); });
+    }
+}
+
+// Rows of one head lie far apart, which hides them from the processor's own prefetching. So each head asks for its
+// share of the next batch element's rows, all heads of them; `written` for lines to write into.
+template <bool written>
+void prefetch(const bf16 *rows, int64_t stride, int64_t length, int64_t heads, int64_t head, int64_t width) {
+    for (int64_t r = length * head / heads; r < length * (head + 1) / heads; r++) {
+        for (int64_t c = 0; c < heads * width; c += 32) __builtin_prefetch(rows + r * stride + c, written, 2);
+    }
+}
+
+struct Arena {  // scratch of one thread, zeroed once: padding stays zero because nobody writes it
+    char *memory, *next;
+    explicit Arena(int64_t bytes) {
+        bytes = (bytes + 4095) / 4096 * 4096;
+        memory = next = static_cast<char *>(std::aligned_alloc(4096, bytes));
+        std::memset(memory, 0, bytes);
+    }
+    ~Arena() { std::free(memory); }
+    template <class T> T *take(int64_t count) {
+        T *out = reinterpret_cast<T *>(next);
+        // 320 bytes more, so that blocks of a power of two do not alias in the cache.
+        next += (count * int64_t(sizeof(T)) + 63) / 64 * 64 + 320;
+        return out;
+    }
+};
+
+int64_t padded(int64_t size) { return (size + 31) / 32 * 32; }
+
+bool tiles_granted() {
+    static const bool granted = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18) == 0;
+    return granted;
+}
+
+// One row of softmax(scores * scale + mask), dropped out; returns the log of the sum of exponentials.
+// L is a multiple of 32.
+float softmax_row(float *scores, const float *mask, bf16 *weights, int64_t L, float scale, bool drops, Dropout drop,
+                  uint32_t first) {
+    Floats tops = load(scores) * scale + load(mask), sums = {};
+    for (int64_t c = 0; c < L; c += LANES) {
+        Floats x = load(scores + c) * scale + load(mask + c);
+        store(scores + c, x);
+        tops = x > tops ? x : tops;
+    }
+    float top = max_of(tops);
+    for (int64_t c = 0; c < L; c += LANES) {
+        Floats x = exponential(load(scores + c) - top);
+        store(scores + c, x);
+        sums += x;
+    }
+    float sum = sum_of(sums), inverse = 1.0f / sum;
+    for (int64_t c = 0; c < L; c += LANES) {
+        Floats x = load(scores + c) * inverse;
+        store(weights + c, drops ? drop(x, first + uint32_t(c)) : x);
+    }
+    return top + std::log(sum);
+}
+
+// One key's weights for all queries, dropped out, and the gradient of its scores.
+void softmax_backward_row(const float *scores, const float *d_weights, const float *lse, const float *delta,
+                          bf16 *weights, bf16 *d_scores, int64_t L, float scale, float shift, bool drops, Dropout drop,
+                          uint32_t first, uint32_t step) {
+    for (int64_t c = 0; c < L; c += LANES) {
+        Floats x = load(scores + c) * scale + shift - load(lse + c), d = load(d_weights + c);
+        Floats weight = exponential(x);
+        if (drops) d = drop(d, first + uint32_t(c) * step, step);
+        store(d_scores + c, weight * (d - load(delta + c)) * scale);
+        store(weights + c, drops ? drop(weight, first + uint32_t(c) * step, step) : weight);
+    }
+}
+
+struct Shape {
+    int64_t batch, heads, length, width;
+};
+struct Strides {  // in numbers, of (batch, head, position)
+    int64_t b, h, t;
+    int64_t at(int64_t batch, int64_t head) const { return batch * b + head * h; }
+};
+
+void attend(Shape s, const bf16 *q, Strides qs, const bf16 *k, Strides ks, const bf16 *v, Strides vs, const float *bias,
+            bf16 *out, float *lse, float scale, float rate, uint64_t seed, int threads) {
+    const int64_t L = padded(s.length), D = padded(s.width), step = s.heads * s.width;
+    Dropout drop(seed, rate);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        TileConfig config;
+        _tile_loadconfig(&config);
+        Arena arena(2 * (5 * L * D + 32 * L) + 4 * (32 * L + L + 32 * D) + 8192);
+        bf16 *Q = arena.take<bf16>(L * D), *K = arena.take<bf16>(L * D), *V = arena.take<bf16>(L * D);
+        bf16 *Kt = arena.take<bf16>(L * D), *Vp = arena.take<bf16>(L * D), *P = arena.take<bf16>(32 * L);
+        float *S = arena.take<float>(32 * L), *mask = arena.take<float>(L), *O = arena.take<float>(32 * D);
+#pragma omp for
+        for (int64_t bh = 0; bh < s.batch * s.heads; bh++) {
+            int64_t b = bh / s.heads, head = bh % s.heads;
+            gather(q + qs.at(b, head), qs.t, Q, s.length, s.width, D);
+            gather(k + ks.at(b, head), ks.t, K, s.length, s.width, D);
+            gather(v + vs.at(b, head), vs.t, V, s.length, s.width, D);
+            if (b + 1 < s.batch) {
+                prefetch<false>(q + qs.at(b + 1, 0), qs.t, s.length, s.heads, head, s.width);
+                prefetch<false>(k + ks.at(b + 1, 0), ks.t, s.length, s.heads, head, s.width);
+                prefetch<false>(v + vs.at(b + 1, 0), vs.t, s.length, s.heads, head, s.width);
+                prefetch<true>(out + (b + 1) * s.length * step, step, s.length, s.heads, head, s.width);
+            }
+            pack_columns(K, Kt, L, D);
+            pack_rows(V, Vp, L, D);
+            for (int64_t c = 0; c < L; c++) {
+                mask[c] = c >= s.length ? -INFINITY : bias ? bias[b * s.length + c] : 0.0f;
+            }
+            for (int64_t i = 0; i < s.length; i += 32) {
+                multiply(Q + i * D, Kt, S, 32, L, D);
+                for (int64_t r = 0; r < std::min<int64_t>(32, s.length - i); r++) {
+                    int64_t query = bh * s.length + i + r;
+                    float sum = softmax_row(S + r * L, mask, P + r * L, L, scale, rate > 0, drop,
+                                            uint32_t(query * s.length));
+                    if (lse) lse[query] = sum;
+                }
+                multiply(P, Vp, O, 32, D, L);
+                for (int64_t r = 0; r < std::min<int64_t>(32, s.length - i); r++) {
+                    bf16 *to = out + (b * s.length + i + r) * step + head * s.width;
+                    sweep(s.width, [&](int64_t c, auto count) { store(to + c, load(O + r * D + c, count), count); });
+                }
+            }
+        }
+        _tile_release();
+    }
+}
+
+// Works on the transposed scores, key by key, so that P and dS are left operands without being transposed.
+// out, grad, dq, dk, dv are (batch, length, heads, width), contiguous.
+void attend_backward(Shape s, const bf16 *q, Strides qs, const bf16 *k, Strides ks, const bf16 *v, Strides vs,
+                     const float *bias, const bf16 *out, const float *lse, const bf16 *grad, bf16 *dq, bf16 *dk,
+                     bf16 *dv, float scale, float rate, uint64_t seed, int threads) {
+    const int64_t L = padded(s.length), D = padded(s.width), step = s.heads * s.width;
+    Dropout drop(seed, rate);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        TileConfig config;
+        _tile_loadconfig(&config);
+        Arena arena(2 * (11 * L * D + 64 * L + L * L) + 4 * (64 * L + 2 * L + 64 * D + L * D) + 16384);
+        bf16 *Q = arena.take<bf16>(L * D), *K = arena.take<bf16>(L * D), *V = arena.take<bf16>(L * D);
+        bf16 *G = arena.take<bf16>(L * D), *Qt = arena.take<bf16>(L * D), *Gt = arena.take<bf16>(L * D);
+        bf16 *Qp = arena.take<bf16>(L * D), *Gp = arena.take<bf16>(L * D), *Kt = arena.take<bf16>(L * D);
+        bf16 *P = arena.take<bf16>(32 * L), *dS = arena.take<bf16>(32 * L), *dSp = arena.take<bf16>(L * L);
+        float *S = arena.take<float>(32 * L), *dP = arena.take<float>(32 * L);
+        float *delta = arena.take<float>(L), *top = arena.take<float>(L);
+        float *dV = arena.take<float>(32 * D), *dK = arena.take<float>(32 * D), *dQ = arena.take<float>(L * D);
+        bf16 *dQ16 = arena.take<bf16>(L * D);
+        uint32_t *words = arena.take<uint32_t>(L * D / 2);
+#pragma omp for
+        for (int64_t bh = 0; bh < s.batch * s.heads; bh++) {
+            int64_t b = bh / s.heads, head = bh % s.heads, origin = b * s.length * step + head * s.width;
+            gather(q + qs.at(b, head), qs.t, Q, s.length, s.width, D);
+            gather(k + ks.at(b, head), ks.t, K, s.length, s.width, D);
+            gather(v + vs.at(b, head), vs.t, V, s.length, s.width, D);
+            gather(grad + origin, step, G, s.length, s.width, D);
+            if (b + 1 < s.batch) {
+                int64_t next = (b + 1) * s.length * step;
+                prefetch<false>(q + qs.at(b + 1, 0), qs.t, s.length, s.heads, head, s.width);
+                prefetch<false>(k + ks.at(b + 1, 0), ks.t, s.length, s.heads, head, s.width);
+                prefetch<false>(v + vs.at(b + 1, 0), vs.t, s.length, s.heads, head, s.width);
+                for (const bf16 *read : {grad, out}) prefetch<false>(read + next, step, s.length, s.heads, head, s.width);
+                for (bf16 *write : {dq, dk, dv}) prefetch<true>(write + next, step, s.length, s.heads, head, s.width);
+            }
+            pack_columns(Q, Qt, L, D);
+            pack_columns(G, Gt, L, D);
+            pack_rows(Q, Qp, L, D);
+            pack_rows(G, Gp, L, D);
+            pack_columns(K, dQ16, L, D);
+            unpack_rows(dQ16, Kt, L, D);
+            for (int64_t c = 0; c < L; c++) top[c] = INFINITY, delta[c] = 0;  // padding gets weight zero
+            for (int64_t c = 0; c < s.length; c++) {
+                const bf16 *o = out + origin + c * step, *g = G + c * D;
+                Floats sum = {};
+                sweep(s.width, [&](int64_t i, auto count) { sum += load(o + i, count) * load(g + i, count); });
+                delta[c] = sum_of(sum);
+                top[c] = lse[bh * s.length + c];
+            }
+            for (int64_t j = 0; j < L; j += 32) {
+                multiply(K + j * D, Qt, S, 32, L, D);
+                multiply(V + j * D, Gt, dP, 32, L, D);
+                for (int64_t r = 0; r < 32; r++) {
+                    bool real = j + r < s.length;
+                    float shift = real ? (bias ? bias[b * s.length + j + r] : 0.0f) : -INFINITY;
+                    softmax_backward_row(S + r * L, dP + r * L, top, delta, P + r * L, dS + r * L, L, scale, shift,
+                                         rate > 0, drop, uint32_t(bh * s.length * s.length + j + r),
+                                         uint32_t(s.length));
+                }
+                multiply(P, Gp, dV, 32, D, L);
+                multiply(dS, Qp, dK, 32, D, L);
+                for (int64_t r = 0; r < std::min<int64_t>(32, s.length - j); r++) {
+                    bf16 *kk = dk + origin + (j + r) * step, *vv = dv + origin + (j + r) * step;
+                    sweep(s.width, [&](int64_t c, auto count) {
+                        store(kk + c, load(dK + r * D + c, count), count);
+                        store(vv + c, load(dV + r * D + c, count), count);
+                    });
+                }
+                for (int64_t c = 0; c < L; c += 16) {  // the j-th of L / 32 tiles of each 16 columns
+                    uint32_t *to = reinterpret_cast<uint32_t *>(dSp + (c / 16 * (L / 32) + j / 32) * TILE);
+                    for (int64_t pair = 0; pair < 16; pair++) {
+                        const bf16 *even = dS + 2 * pair * L + c, *odd = even + L;
+                        interleave(even, odd, to + pair * 16);
+                    }
+                }
+            }
+            multiply(Kt, dSp, dQ, D, L, L);
+            transpose_down(dQ, words, reinterpret_cast<uint32_t *>(dQ16), D, L);
+            for (int64_t r = 0; r < s.length; r++) std::memcpy(dq + origin + r * step, dQ16 + r * D, s.width * 2);
+        }
+        _tile_release();
+    }
+}
+
+}  // namespace
+#endif
+
+extern "C" {
+
+#define FOR_BOTH(MAKE) MAKE(float, f32) MAKE(bf16, bf16)
+#define MAKE_FUNCTIONS(T, name)                                                                                        \
+    void gelu_##name(const T *h, const T *bias, T *y, T *slope, int64_t rows, int64_t cols, int threads) {             \
+        gelu(h, bias, y, slope, rows, cols, threads);                                                                  \
+    }                                                                                                                  \
+    void norm_##name(const T *h, const T *bias, const T *residual, const T *weight, const T *beta, T *y, T *normed,    \
+                     float *rstd, int64_t rows, int64_t cols, float eps, float rate, uint64_t seed, int threads) {     \
+        norm(h, bias, residual, weight, beta, y, normed, rstd, rows, cols, eps, rate, seed, threads);                  \
+    }                                                                                                                  \
+    void norm_backward_##name(const T *grad, const T *normed, const float *rstd, const T *weight, T *d_residual,       \
+                              T *d_h, int64_t rows, int64_t cols, float rate, uint64_t seed, int threads) {            \
+        norm_backward(grad, normed, rstd, weight, d_residual, d_h, rows, cols, rate, seed, threads);                   \
+    }                                                                                                                  \
+    void dropout_##name(const T *x, T *y, int64_t size, float rate, uint64_t seed, int threads) {                      \
+        dropout(x, y, size, rate, seed, threads);                                                                      \
+    }
+FOR_BOTH(MAKE_FUNCTIONS)
+
+// Whether this processor has bf16 matrix tiles and the system lets us use them.
+int has_tiles() {
+#ifdef __AMX_BF16__
+    return tiles_granted();
+#else
+    return 0;
+#endif
+}
+
+#ifdef __AMX_BF16__
+// strides: of q, k and v, in numbers, each (batch, head, position).
+void attention(const bf16 *q, const bf16 *k, const bf16 *v, const int64_t *strides, const float *bias, bf16 *out,
+               float *lse, int64_t batch, int64_t heads, int64_t length, int64_t width, float scale, float rate,
+               uint64_t seed, int threads) {
+    const int64_t *x = strides;
+    attend({batch, heads, length, width}, q, {x[0], x[1], x[2]}, k, {x[3], x[4], x[5]}, v, {x[6], x[7], x[8]}, bias,
+           out, lse, scale, rate, seed, threads);
+}
+
+void attention_backward(const bf16 *q, const bf16 *k, const bf16 *v, const int64_t *strides, const float *bias,
+                        const bf16 *out, const float *lse, const bf16 *grad, bf16 *dq, bf16 *dk, bf16 *dv,
+                        int64_t batch, int64_t heads, int64_t length, int64_t width, float scale, float rate,
+                        uint64_t seed, int threads) {
+    const int64_t *x = strides;
+    attend_backward({batch, heads, length, width}, q, {x[0], x[1], x[2]}, k, {x[3], x[4], x[5]}, v,
+                    {x[6], x[7], x[8]}, bias, out, lse, grad, dq, dk, dv, scale, rate, seed, threads);
+}
+#endif
+}
