@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from federa.experiment import CLIENT_TEST_EXAMPLES, KeptStates, build_experiment, cache_folder, resolve
+from federa.experiment import CLIENT_TEST_EXAMPLES, KeptStates, build_experiment, resolve
 from federa.server import make_jobs
+from federa.state import cache_folder
 from federa.types import FederaError, Job
 from running import build, configure, same
 

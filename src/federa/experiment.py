@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
-import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -16,10 +16,11 @@ import numpy as np
 
 from federa.client import Trainer, measured_precision
 from federa.config import RunConfig
+from federa.cpu import speed_up
 from federa.data.batches import Encoded, Ragged, evaluation_batches
 from federa.data.datasets import read_splits
 from federa.data.partition import group_counts, partition_examples
-from federa.cpu import speed_up
+from federa.data.tokenised import tokenised
 from federa.methods import Setup
 from federa.models import Pretrained, load_pretrained, pick_device, require_base
 from federa.seeds import generator, seed_for
@@ -28,13 +29,6 @@ from federa.state import load_state, num_bytes, num_parameters, save_state
 from federa.types import FederaError, FloatArray, IntArray, Job, RoundFailedError, State, Update
 
 CLIENT_TEST_EXAMPLES = 200  # at most so many evaluation examples stand for one client
-
-
-def cache_folder() -> Path:
-    """Return where starts are kept between runs: `$FEDERA_CACHE`, else the user's cache folder."""
-    if "FEDERA_CACHE" in os.environ:
-        return Path(os.environ["FEDERA_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "federa"
 
 
 class KeptStates:
@@ -233,8 +227,17 @@ def build_experiment(
         require_base(loaded, base, config.model.name)
     seconds["load"] = time.perf_counter() - began
     began = time.perf_counter()
-    train = config.task.encode(splits.train, config.data, loaded.tokenizer, labels)
-    evaluation = config.task.encode(splits.evaluation, config.data, loaded.tokenizer, labels)
+    train, evaluation = (
+        tokenised(
+            functools.partial(config.task.encode, table, config.data, loaded.tokenizer, labels),
+            table,
+            loaded.tokenizer,
+            config.task,
+            config.data,
+            labels,
+        )
+        for table in (splits.train, splits.evaluation)
+    )
     seconds["tokenise"] = time.perf_counter() - began
     groups = config.task.groups(train)
     parts = _partition(config, splits.train, groups)

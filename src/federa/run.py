@@ -16,11 +16,11 @@ from federa.checkpoint import RunDirectory
 from federa.config import RunConfig, parse_config, read_yaml
 from federa.engines import Session
 from federa.environment import environment
-from federa.experiment import Experiment, build_experiment, cache_folder, resolve
+from federa.experiment import Experiment, build_experiment, resolve
 from federa.report import write_report
 from federa.seeds import generator
 from federa.server import finish_round, make_jobs
-from federa.state import load_state, num_bytes, write_atomically
+from federa.state import cache_folder, load_state, num_bytes, write_atomically
 from federa.trackers import TRACKERS
 from federa.types import FederaError, Job, Record, ServerState, State, Update
 

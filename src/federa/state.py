@@ -86,3 +86,10 @@ def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise FederaError(f"{path} is not a whole safetensors file ({error})") from error
+
+
+def cache_folder() -> Path:
+    """Return where starts and compiled kernels are kept: `$FEDERA_CACHE`, else the user's cache folder."""
+    if "FEDERA_CACHE" in os.environ:
+        return Path(os.environ["FEDERA_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "federa"

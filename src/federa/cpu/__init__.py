@@ -1,8 +1,8 @@
 """What makes a training step on a CPU fast: fused kernels in the place of chains of small operations.
 
 `speed_up` changes a transformers model in place. What it puts in computes what was there before, to rounding;
-dropout keeps its rate and its independence, and draws other masks. With a compiler the kernels of `kernels.cpp`
-are used (`fused.py`), without one torch's own operations (`plain.py`).
+dropout keeps its rate and its independence, and draws other masks. With a compiler the kernels of
+`kernels.cpp` are used (`fused.py`), without one torch's own operations (`plain.py`).
 """
 
 from __future__ import annotations
@@ -102,7 +102,11 @@ def cpu_attention(  # noqa: PLR0917
     rate = dropout if module.training else 0.0
     library = native.load()
     if library is not None and _fits_tiles(library, query, key, value, attention_mask):
-        mask = None if attention_mask is None else attention_mask.float().expand(batch, 1, 1, length).contiguous()
+        mask = (
+            None
+            if attention_mask is None
+            else attention_mask.float().expand(batch, 1, 1, length).contiguous()
+        )
         return cast("Tensor", fused.Attention.apply(library, query, key, value, mask, scale, rate)), None
     flat = (batch * heads, length, width)
     out = plain.PlainAttention.apply(
@@ -123,7 +127,7 @@ def _fits_tiles(library: CDLL, query: Tensor, key: Tensor, value: Tensor, mask: 
     )
 
 
-def key_mask(
+def key_mask(  # noqa: PLR0917
     batch_size: int,
     q_length: int,
     kv_length: int,
@@ -164,10 +168,10 @@ def speed_up(model: Any) -> None:
         if type(module) is nn.Dropout:
             module.__class__ = FastDropout
     for module in list(model.modules()):
-        children = {name: child for name, child in module.named_children()}
-        if set(children) == {"dense", "LayerNorm", "dropout"} and type(children["LayerNorm"]) is nn.LayerNorm:
+        parts = {name for name, _ in module.named_children()}
+        if parts == {"dense", "LayerNorm", "dropout"} and type(module.LayerNorm) is nn.LayerNorm:
             _replace(module, FusedOutput, inputs=2)
-        elif set(children) == {"dense", "intermediate_act_fn"} and _is_exact_gelu(children["intermediate_act_fn"]):
+        elif parts == {"dense", "intermediate_act_fn"} and _is_exact_gelu(module.intermediate_act_fn):
             _replace(module, FusedIntermediate, inputs=1)
     if getattr(model, "_supports_attention_backend", False):
         transformers.AttentionInterface.register(ATTENTION, cpu_attention)

@@ -39,7 +39,7 @@ class Dropout(torch.autograd.Function):  # type: ignore[misc, unused-ignore]
         return _dropout(library, x, rate, ctx.seed)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
         return None, _dropout(ctx.library, grads[0], ctx.rate, ctx.seed), None
 
@@ -68,7 +68,7 @@ class Gelu(torch.autograd.Function):  # type: ignore[misc, unused-ignore]
         return y
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
         (slope,) = ctx.saved_tensors
         d_h = slope * grads[0]
@@ -111,7 +111,7 @@ class Norm(torch.autograd.Function):  # type: ignore[misc, unused-ignore]
         return y
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
         normed, rstd, weight = ctx.saved_tensors
         grad = grads[0].contiguous()
@@ -130,7 +130,9 @@ class Norm(torch.autograd.Function):  # type: ignore[misc, unused-ignore]
         needs = ctx.needs_input_grad
         flat = grad.view(rows, cols)
         d_bias = d_h.view(rows, cols).sum(0) if needs[2] else None
-        d_weight = (flat.float() * normed.view(rows, cols).float()).sum(0).to(weight.dtype) if needs[4] else None
+        d_weight = (
+            (flat.float() * normed.view(rows, cols).float()).sum(0).to(weight.dtype) if needs[4] else None
+        )
         d_beta = flat.sum(0) if needs[5] else None
         return None, d_h, d_bias, d_residual, d_weight, d_beta, None, None
 
@@ -168,7 +170,7 @@ class Attention(torch.autograd.Function):  # type: ignore[misc, unused-ignore]
         return out
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
         q, k, v, strides, mask, out, lse = ctx.saved_tensors
         grad = grads[0].contiguous()

@@ -17,6 +17,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from federa.state import cache_folder
+
 SOURCE = Path(__file__).with_name("kernels.cpp")
 FLAGS = (
     "-std=c++17 -O3 -march=native -fno-math-errno -fno-trapping-math -fopenmp -shared -fPIC".split()  # noqa: SIM905
@@ -27,11 +29,6 @@ _log = logging.getLogger(__name__)
 
 class CannotBuildError(Exception):
     """The kernels cannot be had here; the message says why."""
-
-
-def cache_folder() -> Path:
-    """Return the folder that compiled kernels are kept in, the user's own."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "federa"
 
 
 def build(folder: Path) -> Path:

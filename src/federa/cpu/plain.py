@@ -1,4 +1,4 @@
-"""Dropout and attention out of torch's own operations, with the statistics of the originals: no compiler needed.
+"""Dropout and attention out of torch's own operations, with the statistics of the originals.
 
 A mask drawn as torch draws it costs one call of a serial generator for every element, which makes dropout
 the largest part of a small encoder's step. Here one 64-bit draw serves four elements, and masks are applied
@@ -47,13 +47,13 @@ class PlainDropout(torch.autograd.Function):  # type: ignore[misc]
     """Dropout of a tensor of any shape."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rate: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, rate: float) -> Tensor:  # noqa: D102
         mask, ctx.scale = draw_mask(x.shape, rate)
         ctx.save_for_backward(mask)
         return apply_mask(x, mask, ctx.scale)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # noqa: D102
         (mask,) = ctx.saved_tensors
         return apply_mask(grads[0], mask, ctx.scale), None
 
@@ -66,7 +66,7 @@ class PlainAttention(torch.autograd.Function):  # type: ignore[misc]
     """
 
     @staticmethod
-    def forward(  # noqa: PLR0917
+    def forward(  # noqa: D102, PLR0917
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rate: float
     ) -> Tensor:
         scores = torch.bmm(q, k.transpose(1, 2))
@@ -79,7 +79,7 @@ class PlainAttention(torch.autograd.Function):  # type: ignore[misc]
         return torch.bmm(dropped, v)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
         q, k, v, weights, kept = ctx.saved_tensors
         grad = grads[0]
         d_weights = torch.bmm(grad, v.transpose(1, 2))

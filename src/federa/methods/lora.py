@@ -41,7 +41,7 @@ class _LowRankLinear(torch.autograd.Function):  # type: ignore[misc, unused-igno
         return F.linear(x, weight, bias).addmm_(low, B.T, alpha=scale)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,), needs = grads, ctx.needs_input_grad
         x, low, weight, A, B = ctx.saved_tensors

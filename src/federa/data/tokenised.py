@@ -1,0 +1,38 @@
+"""Tokenised tables, kept for the next experiment of this process: a comparison has dozens of them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from federa.data.batches import Encoded
+
+MAX_KEPT = 4  # two comparisons' worth of a training and a test set
+_kept: dict[str, Encoded] = {}
+
+
+def tokenised(encode: Callable[[], Encoded], table: Any, tokenizer: Any, *settings: object) -> Encoded:
+    """Return what `encode` makes of a table, computed once for the same content.
+
+    Args:
+        encode: tokenises.
+        table: what it reads; its rows are part of the key, so a file that changed is tokenised again.
+        tokenizer: what it tokenises with; its whole definition is part of the key.
+        settings: all else that the result depends on, as things with a faithful `repr`.
+    """
+    digest = hashlib.sha256(repr((settings, _definition(tokenizer))).encode())
+    for column in sorted(table.column_names):
+        digest.update(repr((column, list(table[column]))).encode(errors="surrogatepass"))
+    key = digest.hexdigest()
+    if key not in _kept:
+        while len(_kept) >= MAX_KEPT:
+            del _kept[next(iter(_kept))]  # the oldest
+        _kept[key] = encode()
+    return _kept[key]
+
+
+def _definition(tokenizer: Any) -> Sequence[object]:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    whole = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
+    return (type(tokenizer).__name__, whole, tokenizer.model_max_length, tokenizer.special_tokens_map)
