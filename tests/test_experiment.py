@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from federa.experiment import CLIENT_TEST_EXAMPLES, KeptStates, build_experiment, resolve
+from federa.machine import cache_folder
 from federa.server import make_jobs
-from federa.state import cache_folder
 from federa.types import FederaError, Job
 from running import build, configure, same
 

@@ -169,6 +169,44 @@ def compare(
 
 
 @app.command()
+def bench(
+    arguments: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(metavar="[RECIPE.yaml] [KEY=VALUE ...]", help="None: the embedded default."),
+    ] = None,
+    *,
+    repeats: Annotated[int, typer.Option(help="Repeats of everything, in turns.")] = 5,
+    write: Annotated[
+        bool, typer.Option("--write", help="Set the fastest precision and engine in RECIPE.yaml.")
+    ] = False,
+) -> None:
+    """Measure this machine on a recipe: its peak, a local step, and the fastest precision and engine."""
+    from federa import progress
+    from federa.bench import bench as measure
+    from federa.bench import lines
+    from federa.config import load_config
+    from federa.recipe_edit import edit_recipe
+    from federa.state import write_atomically
+
+    recipe, overrides = _split(arguments or [])
+    if write and recipe is None:
+        raise FederaError("--write: say which recipe to write into: federa bench RECIPE.yaml --write")
+    config = load_config(recipe, overrides)
+    console = progress.console()
+    with console.status("measuring") as status:
+        result = measure(config, lambda what: status.update(f"measuring: {what}"), repeats)
+    for what, figure in lines(result, config):
+        console.print(f"{what:36} {figure}", highlight=False)
+    if recipe is None or not write:
+        words = " ".join(f"{key}={value}" for key, value in result.best().items())
+        console.print(f"fastest: {words}", highlight=False)
+        return
+    changed = edit_recipe(recipe.read_text(encoding="utf-8"), result.best())
+    write_atomically(recipe, changed.encode())
+    console.print(f"written into {recipe}; another batch size would train differently, so it stays")
+
+
+@app.command()
 def report(
     folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Run directories.")],
     to: Annotated[Optional[Path], typer.Option(help="The page to write.")] = None,  # noqa: UP045

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from federa.engines.base import available_cores
+from federa.cpu import native
+from federa.machine import available_cores
 
 
 def environment() -> dict[str, Any]:
@@ -35,6 +36,7 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "processor": _processor(),
         "cores": available_cores(),
+        "kernels": native.status(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
         "commit": commit,
         "versions": versions,

@@ -17,10 +17,11 @@ from federa.config import RunConfig, parse_config, read_yaml
 from federa.engines import Session
 from federa.environment import environment
 from federa.experiment import Experiment, build_experiment, resolve
+from federa.machine import cache_folder
 from federa.report import write_report
 from federa.seeds import generator
 from federa.server import finish_round, make_jobs
-from federa.state import cache_folder, load_state, num_bytes, write_atomically
+from federa.state import load_state, num_bytes, write_atomically
 from federa.trackers import TRACKERS
 from federa.types import FederaError, Job, Record, ServerState, State, Update
 

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from federa.types import FederaError, State
 
+CACHED = 1 << 16  # numbers
+
 
 def snapshot(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return a detached float32 copy, on the CPU, of named tensors."""
@@ -28,7 +30,21 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def norm(state: State) -> float:
     """Return the L2 norm over all tensors, summed in float64; NaN and Inf stay visible."""
-    return math.sqrt(sum(float(t.double().square().sum()) for t in state.values()))
+    total = 0.0
+    for tensor in state.values():
+        for piece in pieces(tensor.contiguous()):
+            wide = piece.double()
+            total += float(torch.dot(wide, wide))
+    return math.sqrt(total)
+
+
+def pieces(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Return a contiguous tensor as flat views that fit into a processor's cache.
+
+    Arithmetic in float64 goes over them one by one: a float64 copy of a whole tensor is dear to make.
+    """
+    parts: tuple[Tensor, ...] = tensor.view(-1).split(CACHED)
+    return parts
 
 
 def num_parameters(tensors: Iterable[Tensor]) -> int:
@@ -86,10 +102,3 @@ def load_state(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise FederaError(f"{path} is not a whole safetensors file ({error})") from error
-
-
-def cache_folder() -> Path:
-    """Return where starts and compiled kernels are kept: `$FEDERA_CACHE`, else the user's cache folder."""
-    if "FEDERA_CACHE" in os.environ:
-        return Path(os.environ["FEDERA_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "federa"

@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from federa.methods import FeDeRA, LoRA, Setup
-from federa.methods.federa import singular_factors
+from federa.methods.federa import randomized_error, singular_factors
 from federa.methods.lora import lora_layers
 from federa.models import ModelConfig, load_pretrained
 from federa.state import fingerprint
@@ -317,3 +317,43 @@ def test_it_is_not_lora(load, setup_for):
     assert set(state) == set(other)
     assert not np.allclose(state[f"{QUERY}.lora_B"], other[f"{QUERY}.lora_B"], atol=1e-3)
     assert math.isclose(float(other[f"{QUERY}.lora_B"].abs().max()), 0.0)
+
+
+# The randomised SVD, and several matrices at a time
+
+
+def test_the_start_is_the_same_whatever_the_number_of_cores(load, setup_for, monkeypatch):
+    starts = []
+    for cores in (1, 4):
+        monkeypatch.setattr("federa.methods.federa.available_cores", lambda cores=cores: cores)
+        loaded = load("bert")
+        starts.append(prepared(loaded, FeDeRA(rank=4), setup_for(loaded))[0])
+    assert all(torch.equal(starts[0][name], starts[1][name]) for name in starts[0])
+
+
+def test_the_randomised_svd_meets_its_bound_on_a_slowly_falling_spectrum():
+    values = [1 / (1 + 0.02 * i) for i in range(96)]
+    weight, rank = matrix_with(values, 128, 96), 8
+    a, b = singular_factors(weight, torch.arange(rank), 1.0, randomized_seed=3)
+    q = torch.linalg.qr(b).Q
+    missed = torch.linalg.matrix_norm(weight - q @ (q.T @ weight), 2).item()
+    assert 1 < randomized_error((128, 96), rank) < 1.3
+    assert values[rank] * (1 - 1e-5) <= missed <= values[rank] * randomized_error((128, 96), rank)
+    exact_a, exact_b = singular_factors(weight, torch.arange(rank), 1.0)
+    torch.testing.assert_close(b @ a, exact_b @ exact_a, atol=0.05, rtol=0)
+
+
+def test_a_randomised_start_keeps_the_output_and_depends_on_the_seed(load, setup_for, batch, no_svd):
+    loaded = load("bert")
+    before = loaded.model(**batch).logits
+    method = FeDeRA(rank=4, svd="randomized")
+    first, _ = prepared(loaded, method, setup_for(loaded))
+    torch.testing.assert_close(loaded.model(**batch).logits, before, atol=1e-5, rtol=0)
+    again = load("bert")
+    second, _ = prepared(again, method, setup_for(again))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_randomised_svd_of_other_components_is_refused():
+    with pytest.raises(ValueError, match="svd: exact"):
+        FeDeRA(svd="randomized", components="minor")

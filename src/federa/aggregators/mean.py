@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from federa.aggregators.base import AGGREGATORS, Aggregator
+from federa.state import pieces
 from federa.types import State, Update
 
 
@@ -22,7 +23,8 @@ class RunningMean:
     def add_(self, delta: State, weight: float) -> None:
         """Add `weight * delta`; the update can be freed afterwards."""
         for name, total in self.total.items():
-            total.add_(delta[name], alpha=weight)
+            for piece, step in zip(pieces(total), pieces(delta[name].contiguous()), strict=True):
+                piece.add_(step.double(), alpha=weight)
         self.weight += weight
 
     def mean(self) -> State:

@@ -15,9 +15,12 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
-from federa.state import cache_folder
+from federa.machine import cache_folder
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
 FLAGS = (
@@ -25,6 +28,7 @@ FLAGS = (
 )
 COMPILE_SECONDS = 120
 _log = logging.getLogger(__name__)
+_switched_off = ContextVar("switched_off", default=False)
 
 
 class CannotBuildError(Exception):
@@ -66,13 +70,19 @@ def build(folder: Path) -> Path:
     return library
 
 
-@functools.cache
 def load() -> ctypes.CDLL | None:
     """Return the kernels, or None where they cannot be had; `FEDERA_KERNELS=off` turns them off."""
-    library, reason = _load()
-    if reason and os.environ.get("FEDERA_KERNELS") != "off":
-        _log.warning("fused CPU kernels are not in use, training is slower: %s", reason)
-    return library
+    return None if _switched_off.get() else _load()[0]
+
+
+@contextmanager
+def without() -> Iterator[None]:
+    """Do without the kernels in a block."""
+    token = _switched_off.set(True)
+    try:
+        yield
+    finally:
+        _switched_off.reset(token)
 
 
 def status() -> str:
@@ -87,6 +97,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     try:
         return _bind(ctypes.CDLL(str(build(cache_folder())))), ""
     except (CannotBuildError, OSError) as error:
+        _log.warning("fused CPU kernels are not in use, training is slower: %s", error)
         return None, str(error)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from federa.data.batches import Encoded
 
 MAX_KEPT = 4  # two comparisons' worth of a training and a test set
+OF_THE_LAST_CALL = ("truncation", "padding")  # a tokenizer remembers them; they come with every call
 _kept: dict[str, Encoded] = {}
 
 
@@ -34,5 +36,8 @@ def tokenised(encode: Callable[[], Encoded], table: Any, tokenizer: Any, *settin
 
 def _definition(tokenizer: Any) -> Sequence[object]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    whole = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
+    whole: object = sorted(tokenizer.get_vocab().items())
+    if backend is not None:
+        parts = json.loads(backend.to_str())
+        whole = {name: part for name, part in parts.items() if name not in OF_THE_LAST_CALL}
     return (type(tokenizer).__name__, whole, tokenizer.model_max_length, tokenizer.special_tokens_map)

@@ -29,7 +29,9 @@ from pydantic import Field
 from safetensors.torch import load, save
 from torch import Tensor
 
-from federa.engines.base import ENGINES, Engine, Session, available_cores, keep_freed_memory, share_cores
+from federa.engines.base import ENGINES, Engine, Session, keep_freed_memory, share_cores
+from federa.machine import available_cores
+from federa.state import num_bytes
 from federa.types import FederaError, FloatArray, IntArray, Job, RoundFailedError, State, Update
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from federa.experiment import Experiment
 
 MAX_DEATHS = 3  # of workers on one and the same job: then the job, not the worker, is at fault
+BUFFER_BYTES = 32 << 20  # for updates that wait for an earlier, longer one; a worker with no room is idle
 _Request = dict[str, Any]
 _fork = multiprocessing.get_context("fork")
 
@@ -93,7 +96,9 @@ class ProcessesSession:
         self._threads = threads
         self._params = SharedState(experiment.params)
         # A bounded buffer: a worker may run at most this far ahead of the update that is summed next.
-        self._slots = [SharedState(experiment.params) for _ in range(workers + 1)]
+        fit = BUFFER_BYTES // max(1, num_bytes(experiment.params))
+        ahead = max(workers + 1, min(fit, experiment.config.cohort))
+        self._slots = [SharedState(experiment.params) for _ in range(ahead)]
         self._workers: list[Worker] = []
         for _ in range(workers):
             self._workers.append(self._start())

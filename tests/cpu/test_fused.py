@@ -1,0 +1,180 @@
+"""The compiled kernels against float64: values, gradients, dropout's statistics, and any number of threads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from ctypes import CDLL
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from federa.cpu import fused, native
+from federa.seeds import torch_seeded
+
+DTYPES = [torch.float32, torch.bfloat16]
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.2e-2}  # relative to the norm; bf16 keeps 8 bits
+WIDTHS = [384, 100, 16, 7]  # whole vectors, a rest, one vector, less than one
+
+
+@pytest.fixture
+def library() -> CDLL:
+    found = native.load()
+    if found is None:
+        pytest.skip(f"no compiled kernels: {native.status()}")
+    return found
+
+
+@pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def distance(ours: Tensor, truth: Tensor, least: float = 1e-9) -> float:
+    """Return the error relative to the norm of what is true, or to `least` where the truth is (nearly) zero."""
+    return float((ours.double() - truth.double()).norm() / truth.double().norm().clamp(min=least))
+
+
+def leaf(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    return (torch.randn(*shape) * scale).to(dtype).requires_grad_()
+
+
+def doubled(*tensors: Tensor) -> list[Tensor]:
+    return [t.detach().double().requires_grad_() for t in tensors]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_gelu(library: CDLL, dtype: torch.dtype, width: int, with_bias: bool, threads: int) -> None:
+    h, bias = leaf(3, 5, width, dtype=dtype, scale=3), leaf(width, dtype=dtype)
+    y = fused.Gelu.apply(library, h, bias if with_bias else None)
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    h2, bias2 = doubled(h, bias)
+    truth = F.gelu(h2 + bias2 if with_bias else h2)
+    truth.backward(grad.double())
+    assert distance(y, truth) < TOLERANCE[dtype]
+    assert distance(h.grad, h2.grad) < TOLERANCE[dtype]
+    if with_bias:
+        assert distance(bias.grad, bias2.grad) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gelu_of_extreme_numbers(library: CDLL, dtype: torch.dtype) -> None:
+    x = torch.tensor([0.0, -0.0, 30.0, -30.0, 1e30, -1e30, float("inf"), float("nan")], dtype=dtype)
+    y = fused.Gelu.apply(library, x[None], None)[0].float()
+    assert y[:7].tolist() == pytest.approx([0, 0, 30, 0, 1e30, 0, float("inf")], rel=1e-2)
+    assert y[7].isnan()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+def test_norm(library: CDLL, dtype: torch.dtype, width: int, rate: float, threads: int) -> None:
+    h, residual = leaf(4, 5, width, dtype=dtype), leaf(4, 5, width, dtype=dtype)
+    bias, weight, beta = (leaf(width, dtype=dtype) for _ in range(3))
+    with torch_seeded(3):
+        y = fused.Norm.apply(library, h, bias, residual, weight, beta, 1e-5, rate)
+    with torch_seeded(3):  # the same draw: what is kept of ones is the mask
+        mask = fused.Dropout.apply(library, torch.ones(4, 5, width), rate).double()
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    h2, residual2, bias2, weight2, beta2 = doubled(h, residual, bias, weight, beta)
+    truth = F.layer_norm((h2 + bias2) * mask + residual2, (width,), weight2, beta2, 1e-5)
+    truth.backward(grad.double())
+    assert distance(y, truth) < TOLERANCE[dtype]
+    for ours, theirs in ((h, h2), (residual, residual2), (bias, bias2), (weight, weight2), (beta, beta2)):
+        assert distance(ours.grad, theirs.grad) < 2 * TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.1, 0.5, 0.9])
+def test_dropout_meets_its_rate_and_keeps_the_mean(library: CDLL, rate: float, threads: int) -> None:
+    with torch_seeded(1):
+        y = fused.Dropout.apply(library, torch.ones(1_000_000), rate)
+    dropped = float((y == 0).double().mean())
+    assert dropped == pytest.approx(rate, abs=4 * (rate * (1 - rate) / 1e6) ** 0.5)
+    assert y.max().item() == pytest.approx(1 / (1 - rate), rel=1e-6)
+
+
+def test_dropout_is_independent_between_elements_and_between_draws(library: CDLL) -> None:
+    n = 4_000_000
+    with torch_seeded(2):
+        first, second = (fused.Dropout.apply(library, torch.ones(n), 0.1) for _ in range(2))
+    gone, other = ((y == 0).double() - 0.1 for y in (first, second))
+    for lag in (1, 2, 3, 4, 8, 15, 16, 17, 32, 64, 384, 1000, 1 << 16):
+        assert abs((gone[:-lag] * gone[lag:]).mean().item() / 0.09) < 4.5 / n**0.5, f"lag {lag}"
+    assert abs((gone * other).mean().item() / 0.09) < 4.5 / n**0.5
+    by_lane = gone.view(-1, 16).mean(dim=0)
+    assert by_lane.abs().max() < 4.5 * (0.09 / (n / 16)) ** 0.5
+    pairs = gone[:-1] * gone[1:]  # and pairs of neighbours do not tell of the next pair
+    assert abs((pairs[:-2] * pairs[2:]).mean().item() / 0.09**2) < 4.5 / n**0.5
+
+
+def test_dropout_depends_on_the_seed_alone(library: CDLL) -> None:
+    x, drawn = torch.ones(5000), []
+    for seed, threads in ((5, 1), (5, 2), (6, 1)):
+        torch.set_num_threads(threads)
+        with torch_seeded(seed):
+            drawn.append(fused.Dropout.apply(library, x, 0.5))
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+
+
+@pytest.mark.parametrize("length", [64, 33, 1, 128, 200])
+@pytest.mark.parametrize("width", [32, 64, 24])
+@pytest.mark.parametrize("rate", [0.0, 0.2])
+def test_attention(library: CDLL, length: int, width: int, rate: float, threads: int) -> None:
+    if not library.has_tiles():
+        pytest.skip("this processor has no bf16 matrix tiles")
+    batch, heads = 3, 2
+    tensors = [leaf(batch, length, heads, width, dtype=torch.bfloat16) for _ in range(3)]
+    q, k, v = (t.transpose(1, 2) for t in tensors)
+    mask = torch.zeros(batch, length)
+    mask[1, length // 2 + 1 :] = torch.finfo(torch.bfloat16).min
+    with torch_seeded(4):
+        y = fused.Attention.apply(library, q, k, v, mask, width**-0.5, rate)
+    with torch_seeded(4):
+        kept = fused.Dropout.apply(library, torch.ones(batch, heads, length, length), rate).double()
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    doubles = doubled(*tensors)
+    q2, k2, v2 = (t.transpose(1, 2) for t in doubles)
+    scores = q2 @ k2.transpose(2, 3) * width**-0.5 + mask.double()[:, None, None]
+    truth = (scores.softmax(-1) * kept @ v2).transpose(1, 2)
+    truth.backward(grad.double())
+    assert y.shape == (batch, length, heads, width)
+    assert distance(y, truth) < TOLERANCE[torch.bfloat16]
+    for ours, theirs in zip(
+        tensors, doubles, strict=True
+    ):  # of one key the weight is 1: no gradient to q and k
+        assert (
+            distance(ours.grad, theirs.grad, 0.3 * float(grad.float().norm())) < 2 * TOLERANCE[torch.bfloat16]
+        )
+
+
+def test_attention_is_the_same_for_any_number_of_threads_and_lets_nan_through(library: CDLL) -> None:
+    if not library.has_tiles():
+        pytest.skip("this processor has no bf16 matrix tiles")
+    q, k, v = torch.randn(3, 4, 3, 40, 32).bfloat16()
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        with torch_seeded(1):
+            results.append(fused.Attention.apply(library, q, k, v, None, 0.2, 0.1))
+    assert torch.equal(*results)
+    v[2, 1, 5, 0] = float("nan")
+    y = fused.Attention.apply(library, q, k, v, None, 0.2, 0.0)
+    assert y[2, :, 1].isnan().any()
+    assert not y[1].isnan().any()
+
+
+def test_other_dtypes_and_mixtures_are_left_to_torch() -> None:
+    x = torch.zeros(2)
+    assert fused.takes(x, x)
+    assert not fused.takes(x, x.bfloat16())
+    assert not fused.takes(x.double())
