@@ -172,7 +172,7 @@ class Trainer:
         optimizer, losses, seen = self._optimizer(job.lr), [], 0
         self.model.train()
         with torch_seeded(job.seed):
-            for batch_rows in self._batches(data, rows, job):
+            for batch_rows in self.batches(data, rows, job):
                 flat.zero_gradient_()
                 loss = self.model(**data.batch(batch_rows, self.device)).loss
                 loss.backward()
@@ -196,7 +196,8 @@ class Trainer:
         }
         return Update(job, flat.read(delta, self.shared), float(len(rows)), metrics), kept
 
-    def _batches(self, data: Encoded, rows: IntArray, job: Job) -> Iterator[IntArray]:
+    def batches(self, data: Encoded, rows: IntArray, job: Job) -> Iterator[IntArray]:
+        """Yield the batches of a job, as row numbers."""
         config, lengths = self.config, data.lengths()
         epochs = (
             training_batches(rows, lengths, config.batch_size, generator(job.seed, "batches", epoch))
@@ -204,12 +205,17 @@ class Trainer:
         )
         return itertools.islice(itertools.chain.from_iterable(epochs), config.max_steps)
 
+    def head_lr(self, lr: float) -> float:
+        """Return the head's learning rate beside a job's: it follows the same schedule."""
+        config = self.config
+        if config.head_lr is None or config.lr is None:
+            return lr
+        return config.head_lr * lr / config.lr
+
     def _optimizer(self, lr: float) -> torch.optim.Optimizer:
-        """Return a fresh optimizer over the flat segments; the head's rate follows the same schedule."""
+        """Return a fresh optimizer over the flat segments."""
         config, flat = self.config, self.flat
-        head_lr = lr
-        if config.head_lr is not None and config.lr is not None:
-            head_lr = config.head_lr * lr / config.lr
+        head_lr = self.head_lr(lr)
         groups = []
         for span, is_head, decays in flat.segments:
             vector = flat.master[span]

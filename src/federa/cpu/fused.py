@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from federa.cpu.plain import Stackable
+
 _NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
@@ -30,7 +32,7 @@ def _seed(rate: float) -> int:
     return int(torch.randint(2**62, ()).item()) if rate > 0 else 0
 
 
-class Dropout(torch.autograd.Function):  # type: ignore[misc, unused-ignore]
+class Dropout(Stackable):
     """Dropout of a tensor of any shape: (library, x, rate)."""
 
     @staticmethod
@@ -43,6 +45,12 @@ class Dropout(torch.autograd.Function):  # type: ignore[misc, unused-ignore]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
         return None, _dropout(ctx.library, grads[0], ctx.rate, ctx.seed), None
 
+    @staticmethod
+    def vmap(  # noqa: D102
+        info: Any, in_dims: tuple[int | None, ...], library: CDLL, x: Tensor, rate: float
+    ) -> tuple[Tensor, int | None]:
+        return Dropout.apply(library, x, rate), in_dims[1]
+
 
 def _dropout(library: CDLL, x: Tensor, rate: float, seed: int) -> Tensor:
     x = x.contiguous()
@@ -52,7 +60,7 @@ def _dropout(library: CDLL, x: Tensor, rate: float, seed: int) -> Tensor:
     return y
 
 
-class Gelu(torch.autograd.Function):  # type: ignore[misc, unused-ignore]
+class Gelu(Stackable):
     """GELU (Hendrycks and Gimpel 2016, the exact form) of h + bias: (library, h, bias or None)."""
 
     @staticmethod
@@ -75,8 +83,15 @@ class Gelu(torch.autograd.Function):  # type: ignore[misc, unused-ignore]
         d_bias = d_h.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None
         return None, d_h, d_bias
 
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:  # noqa: D102
+        library, h, bias = args
+        if in_dims[2] is not None or in_dims[1] is None:
+            return Gelu.one_by_one(info.batch_size, in_dims, args)
+        return Gelu.apply(library, h.movedim(in_dims[1], 0), bias), 0
 
-class Norm(torch.autograd.Function):  # type: ignore[misc, unused-ignore]
+
+class Norm(Stackable):
     """LN(dropout(h + bias) + residual): (library, h, bias or None, residual, weight, beta, eps, rate)."""
 
     @staticmethod
@@ -135,6 +150,14 @@ class Norm(torch.autograd.Function):  # type: ignore[misc, unused-ignore]
         )
         d_beta = flat.sum(0) if needs[5] else None
         return None, d_h, d_bias, d_residual, d_weight, d_beta, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:  # noqa: D102
+        library, h, bias, residual, *rest = args
+        if [i for i, dim in enumerate(in_dims) if dim is not None] != [1, 3]:  # scales of each client's own
+            return Norm.one_by_one(info.batch_size, in_dims, args)
+        h, residual = h.movedim(in_dims[1], 0), residual.movedim(in_dims[3], 0)
+        return Norm.apply(library, h, bias, residual, *rest), 0
 
 
 class Attention(torch.autograd.Function):  # type: ignore[misc, unused-ignore]

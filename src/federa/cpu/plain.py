@@ -15,6 +15,54 @@ from torch import Tensor
 
 _STEPS = 1 << 15  # a rate is met to 1 / 65536; the scale is that of the rate that is met, so means are exact
 _LANES = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
+_transforming = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+
+
+class Stackable(torch.autograd.Function):  # type: ignore[misc]
+    """A function with a `vmap` rule of its own, for the engine that trains several clients in one pass.
+
+    Torch asks for a `setup_context` before it looks for such a rule, that is for a forward pass that cannot
+    see what will need a gradient: ours keep theirs, and are handed to `vmap` by `_Lifted`.
+    """
+
+    @classmethod
+    def apply(cls, *args: Any) -> Any:  # noqa: D102
+        return _Lifted.apply(cls, *args) if _transforming() else super().apply(*args)
+
+    @classmethod
+    def one_by_one(
+        cls, size: int, in_dims: tuple[int | None, ...], args: tuple[Any, ...]
+    ) -> tuple[Tensor, int]:
+        """Apply the function to one client after the other: the rule that always holds."""
+        lanes = [
+            cls.apply(*(a if dim is None else a.select(dim, i) for a, dim in zip(args, in_dims, strict=True)))
+            for i in range(size)
+        ]
+        return torch.stack(lanes), 0
+
+
+class _Lifted(torch.autograd.Function):  # type: ignore[misc]
+    """(function, arguments): the function's rule, in the form that torch asks for."""
+
+    @classmethod
+    def apply(cls, function: type[Stackable], *args: Any) -> Any:
+        # Torch comes back here, outside of `vmap`, with arguments that no client has a part in.
+        return super().apply(function, *args) if _transforming() else function.apply(*args)
+
+    @staticmethod
+    def forward(function: type[Stackable], *args: Any) -> Any:
+        raise NotImplementedError
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], function: type[Stackable], *args: Any
+    ) -> tuple[Any, Any]:
+        out, dims = function.vmap(info, in_dims[1:], *args)
+        return out, dims
 
 
 def draw_mask(shape: torch.Size, rate: float) -> tuple[Tensor, float]:
@@ -43,7 +91,7 @@ def apply_mask(x: Tensor, mask: Tensor, scale: float) -> Tensor:
     return x.contiguous().view(lanes).bitwise_and(bits).view(x.dtype).mul_(scale)
 
 
-class PlainDropout(torch.autograd.Function):  # type: ignore[misc]
+class PlainDropout(Stackable):
     """Dropout of a tensor of any shape."""
 
     @staticmethod
@@ -56,6 +104,12 @@ class PlainDropout(torch.autograd.Function):  # type: ignore[misc]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # noqa: D102
         (mask,) = ctx.saved_tensors
         return apply_mask(grads[0], mask, ctx.scale), None
+
+    @staticmethod
+    def vmap(  # noqa: D102
+        info: Any, in_dims: tuple[int | None, ...], x: Tensor, rate: float
+    ) -> tuple[Tensor, int | None]:
+        return PlainDropout.apply(x, rate), in_dims[0]
 
 
 class PlainAttention(torch.autograd.Function):  # type: ignore[misc]

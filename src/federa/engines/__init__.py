@@ -2,6 +2,8 @@
 
 from federa.engines.base import ENGINES, Engine, Session
 from federa.engines.processes import Processes
+from federa.engines.ray import Ray
 from federa.engines.serial import Serial
+from federa.engines.stacked import Stacked
 
-__all__ = ["ENGINES", "Engine", "Processes", "Serial", "Session"]
+__all__ = ["ENGINES", "Engine", "Processes", "Ray", "Serial", "Session", "Stacked"]

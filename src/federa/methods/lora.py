@@ -26,32 +26,59 @@ DEFAULT_RANK = 32  # on query and value: 0.95 % of roberta-base
 
 
 class _LowRankLinear(torch.autograd.Function):  # type: ignore[misc, unused-ignore]
-    """x W' + b + scale * (x A') B', with every sum and scaling inside a matrix product.
+    """x W' + b + scale * (x A') B', with every sum and scaling inside a matrix product; and x A'.
 
-    Composed of torch's operations it makes three passes more over tensors as large as the output.
+    Composed of torch's operations it makes three passes more over tensors as large as the output. x, A and B
+    may have a leading dimension of clients, whose rows then meet the one W in one product.
     """
 
     @staticmethod
     def forward(  # noqa: PLR0917
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float
-    ) -> Tensor:
-        low = F.linear(x, A)
-        ctx.scale = scale
-        ctx.save_for_backward(x, low, weight, A, B)
-        return F.linear(x, weight, bias).addmm_(low, B.T, alpha=scale)
+        x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        low = x @ A.mT
+        return _add_product_(F.linear(x, weight, bias), low, B.mT, scale), low
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, weight, _, A, B, ctx.scale = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(x, output[1], weight, A, B)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,), needs = grads, ctx.needs_input_grad
+        grad, needs = grads[0], ctx.needs_input_grad
         x, low, weight, A, B = ctx.saved_tensors
         d_low = (grad @ B).mul_(ctx.scale)
-        d_x = (grad @ weight).addmm_(d_low, A) if needs[0] else None
-        d_weight = grad.T @ x if needs[1] else None
-        d_bias = grad.sum(0) if needs[2] else None
-        d_A = d_low.T @ x if needs[3] else None
-        d_B = (grad.T @ low).mul_(ctx.scale) if needs[4] else None
+        d_x = _add_product_(grad @ weight, d_low, A) if needs[0] else None
+        d_weight = grad.flatten(0, -2).T @ x.flatten(0, -2) if needs[1] else None
+        d_bias = grad.flatten(0, -2).sum(0) if needs[2] else None
+        d_A = d_low.mT @ x if needs[3] else None
+        d_B = (grad.mT @ low).mul_(ctx.scale) if needs[4] else None
         return d_x, d_weight, d_bias, d_A, d_B, None
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], *args: Any
+    ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+        """Give every client its factors, and all of them the one matrix unless that trains as well."""
+
+        def lanes(i: int) -> Tensor:
+            tensor, dim = args[i], in_dims[i]
+            return tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
+        x, A, B, (weight, bias), scale = lanes(0), lanes(3), lanes(4), args[1:3], args[5]
+        if in_dims[1] is None and in_dims[2] is None:
+            return _LowRankLinear.apply(x, weight, bias, A, B, scale), (0, 0)
+        low = x @ A.mT
+        y = torch.baddbmm(x @ lanes(1).mT, low, B.mT, alpha=scale)
+        return (y if bias is None else y + lanes(2)[:, None], low), (0, 0)
+
+
+def _add_product_(to: Tensor, one: Tensor, other: Tensor, scale: float = 1.0) -> Tensor:
+    """Add a scaled matrix product in place, or one a client."""
+    return to.addmm_(one, other, alpha=scale) if to.ndim == 2 else to.baddbmm_(one, other, alpha=scale)
 
 
 class LoRALinear(nn.Linear):  # type: ignore[misc, unused-ignore]
@@ -73,7 +100,7 @@ class LoRALinear(nn.Linear):  # type: ignore[misc, unused-ignore]
         """Return `(..., out_features)` of `(..., in_features)`."""
         if self.magnitude is None:
             flat = x.reshape(-1, x.shape[-1])
-            y = _LowRankLinear.apply(flat, self.weight, self.bias, self.lora_A, self.lora_B, self.scale)
+            y, _ = _LowRankLinear.apply(flat, self.weight, self.bias, self.lora_A, self.lora_B, self.scale)
             return y.view(*x.shape[:-1], -1)
         low_rank = F.linear(F.linear(x, self.lora_A), self.lora_B)
         # The norm is a constant to the gradient: DoRA, section 4.3.

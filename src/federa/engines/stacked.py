@@ -1,0 +1,217 @@
+"""All clients of a round in one batched pass over one frozen backbone.
+
+One client's batch is too small to keep an accelerator busy; those of a whole cohort are not. The updates are
+those of the serial engine to rounding; with dropout on they are other draws of the same distribution, and the
+same recipe on the same engine gives the same bits (as long as it trains as many clients at a time).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from federa.engines.base import ENGINES, Engine, Session, keep_freed_memory, share_cores
+from federa.engines.stacking import Lanes, attention_of_all, stacked_batch, train_together
+from federa.seeds import torch_seeded
+from federa.types import FederaError, FloatArray, IntArray, Job, RoundFailedError, State, Update
+
+if TYPE_CHECKING:
+    from federa.experiment import Experiment
+
+SHARE = 0.7  # of the free memory that a group of clients may take
+COPIES = (
+    10  # of the trained parameters, float32, that a client takes: weights, gradients, moments, temporaries
+)
+REMEDY = "use engine.name=serial"
+
+
+class StackedSession:
+    """Trains the jobs of a round in groups, each in one batched pass."""
+
+    def __init__(self, experiment: Experiment, clients: int) -> None:
+        self._experiment = experiment
+        self.clients = clients
+
+    def train(self, params: State, jobs: Sequence[Job]) -> Iterator[Update]:
+        """See `Session.train`.
+
+        Groups are of neighbours: a round's jobs come sorted by size, so those of a group have nearly as many
+        steps each, and no more updates are held than one group's.
+        """
+        for group in self._groups(jobs):
+            for job, (update, kept) in zip(group, self._together(params, group), strict=True):
+                self._experiment.kept.save(job, kept)
+                yield update
+
+    def predict(
+        self, params: State, batches: Sequence[IntArray], job: Job | None = None
+    ) -> Iterator[list[FloatArray]]:
+        """See `Session.predict`."""
+        yield from self._experiment.predict(params, batches, job)
+
+    def _groups(self, jobs: Sequence[Job]) -> Iterator[Sequence[Job]]:
+        """Yield as few groups as can be, as even as can be: how many fit then hardly ever changes them."""
+        number = -(-len(jobs) // self.clients)
+        for i in range(number):
+            yield jobs[i * len(jobs) // number : (i + 1) * len(jobs) // number]
+
+    def _together(self, params: State, jobs: Sequence[Job]) -> list[tuple[Update, State]]:
+        experiment = self._experiment
+        try:
+            parts = [experiment.parts[job.client_id] for job in jobs]
+            own = [experiment.kept.load(job) for job in jobs]
+            return train_together(experiment.trainer, params, experiment.train, parts, jobs, own)
+        except FederaError:
+            raise
+        except torch.OutOfMemoryError as error:
+            raise _too_many(len(jobs)) from error
+        except Exception as error:
+            who = ("clients " if len(jobs) > 1 else "client ") + ", ".join(str(job.client_id) for job in jobs)
+            text = f"round {jobs[0].round}: {who} failed: {type(error).__name__}: {error}"
+            raise RoundFailedError(f"{text}. The last good state is kept") from error
+
+
+def _too_many(clients: int) -> FederaError:
+    if clients > 1:
+        return FederaError(
+            f"engine.clients: {clients} clients at once do not fit into memory; set it to {clients // 2}"
+        )
+    return FederaError("client.batch_size: not even one client's batch fits into memory; make it smaller")
+
+
+@ENGINES.register
+class Stacked(Engine):
+    """A round's clients side by side: trained parameters get a client dimension, frozen ones are shared.
+
+    Attributes:
+        clients: trained at a time; None for as many as fit into memory.
+    """
+
+    name: Literal["stacked"] = "stacked"
+    clients: int | None = Field(default=None, ge=1)
+
+    @contextmanager
+    def open(self, experiment: Experiment) -> Iterator[Session]:
+        """Try the model out, and plan how many clients are trained at a time.
+
+        Raises:
+            FederaError: this model or method gives other losses side by side than alone, or none at all.
+        """
+        torch.set_num_threads(share_cores(1, self.threads))
+        keep_freed_memory()
+        try:
+            _try_out(experiment)
+            clients = self.clients or clients_that_fit(experiment)
+        except torch.OutOfMemoryError as error:
+            raise _too_many(1) from error
+        yield StackedSession(experiment, clients)
+
+
+def _try_out(experiment: Experiment) -> None:
+    """Take one step of two clients of unequal size, and compare their losses with those of each alone."""
+    trainer, data = experiment.trainer, experiment.train
+    model, start = trainer.model, experiment.kept.start
+    ordered = np.argsort(data.lengths(), kind="stable")
+    parts = [ordered[[0, -1, 0]], ordered[[len(ordered) // 2, 0]]]  # tokens to pad, and a row
+    trainer.flat.load_(experiment.params, start)
+    model.eval()
+    with torch.no_grad():
+        alone = [model(**data.batch(part, trainer.device)).loss for part in parts]
+    try:
+        lanes = Lanes(trainer, experiment.params, [start, start], [1.0, 1.0])
+        batch = stacked_batch(data, parts, trainer.device)
+        with attention_of_all(model), torch_seeded(0):
+            together = lanes.losses(batch, 2).detach()
+            model.train()
+            lanes.step_(lanes.losses(batch, 2))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+        raise FederaError(
+            "engine.name=stacked: this model or method cannot train clients side by side;"
+            f" {REMEDY} ({reason})"
+        ) from error
+    tolerance = 5e-5 if trainer.config.precision == "fp32" else 5e-2
+    expected = torch.stack(alone)
+    if not torch.allclose(together.float(), expected.float(), rtol=tolerance, atol=tolerance, equal_nan=True):
+        raise FederaError(
+            f"engine.name=stacked: clients of this model lose {together.tolist()} side by side, "
+            f"but {expected.tolist()} alone; {REMEDY}"
+        )
+
+
+def clients_that_fit(experiment: Experiment) -> int:
+    """Return how many clients can be trained at a time, one at least: from a step of the longest examples."""
+    trainer, data = experiment.trainer, experiment.train
+    rows = np.argsort(-data.lengths(), kind="stable")[: trainer.config.batch_size]
+    trainer.model.train()
+    if trainer.device.type == "cuda":
+
+        def step() -> None:
+            lanes = Lanes(trainer, experiment.params, [experiment.kept.start], [1.0])
+            with attention_of_all(trainer.model), torch_seeded(0):
+                lanes.step_(lanes.losses(stacked_batch(data, [rows], trainer.device), 1))
+
+        needed = _peak_on_cuda(step, trainer.device)
+        free = torch.cuda.mem_get_info(trainer.device)[0]
+        # What the allocator holds and nobody uses is free as well.
+        free += torch.cuda.memory_reserved(trainer.device) - torch.cuda.memory_allocated(trainer.device)
+    else:
+        trainer.flat.load_(experiment.params, experiment.kept.start)
+        with torch_seeded(0):
+            saved = _saved_for_backward(
+                lambda: trainer.model(**data.batch(rows, trainer.device)).loss, trainer.model
+            )
+        # A backward pass holds gradients and scratch beside what was saved for it.
+        needed = 2 * saved + 4 * COPIES * trainer.flat.master.numel()
+        free = free_memory()
+    return max(1, int(SHARE * free / needed))
+
+
+def _peak_on_cuda(step: Callable[[], None], device: torch.device) -> int:
+    """Return the bytes that a step takes at most beyond what is there already."""
+    step()  # the first one loads kernels and workspaces that stay
+    torch.cuda.reset_peak_memory_stats(device)
+    before = int(torch.cuda.memory_allocated(device))
+    step()
+    return max(1, int(torch.cuda.max_memory_allocated(device)) - before)
+
+
+def _saved_for_backward(forward: Callable[[], Tensor], model: torch.nn.Module) -> int:
+    """Return the bytes that a forward pass keeps for the backward pass, the model's own apart."""
+    known = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    sizes: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        forward()
+    return sum(sizes.values())
+
+
+def free_memory() -> int:
+    """Return the bytes of main memory that this process may still take."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):  # not Linux
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    try:  # a container's own limit
+        group = Path("/sys/fs/cgroup")
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+    except (OSError, ValueError):  # none
+        return free
+    return max(0, min(free, limit - used))
