@@ -11,6 +11,7 @@ import torch
 
 import federa as package
 from federa import run
+from federa.cpu import native
 from federa.environment import environment
 from federa.experiment import Experiment
 from federa.run import Observer
@@ -105,7 +106,9 @@ def test_the_environment_says_what_ran_where():
     assert (
         found["cores"] >= 1 and found["processor"] and found["platform"] and found["python"].startswith("3.")
     )
-    assert set(found) == {"python", "platform", "processor", "cores", "gpu", "commit", "versions"}
+    assert found["kernels"] == native.status()
+    known = {"python", "platform", "processor", "cores", "kernels", "gpu", "commit", "versions"}
+    assert set(found) == known
 
 
 def test_loss_and_accuracy_are_those_of_the_clients_and_of_the_state(recipe):
