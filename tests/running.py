@@ -1,5 +1,6 @@
 """What the tests of runs share: a command line in this process, comparisons of runs, and forked crashes."""
 
+import faulthandler
 import hashlib
 import importlib
 import os
@@ -79,17 +80,31 @@ def short_reports(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "write_report", lambda folders, to: write_atomically(to, b"drawn"))
 
 
-def forked(action: Callable[[], object]) -> int:
-    """Run an action in a fork of this process; return the signal that ended it, 0 if it came to its end."""
+def forked(action: Callable[[], object], patience: float = 90) -> int:
+    """Run an action in a fork of this process; return the signal that ended it, 0 if it came to its end.
+
+    One that hangs fails the test, after it and all that it forked have said on stderr where they are.
+    """
     sys.stdout.flush()
     child = os.fork()
     if child == 0:
         try:
+            os.setpgid(0, 0)
+            faulthandler.register(signal.SIGUSR1, file=2)
             action()
             os._exit(0)
         finally:
             os._exit(1)
-    _, status = os.waitpid(child, 0)
+    end = time.monotonic() + patience
+    while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < end:
+        time.sleep(0.01)
+    if ended == (0, 0):
+        for number in (signal.SIGUSR1, signal.SIGKILL):
+            os.killpg(child, number)
+            time.sleep(2)
+        os.waitpid(child, 0)
+        pytest.fail(f"the action did not end in {patience:g} s; stderr has where it was")
+    _, status = ended
     assert not (os.WIFEXITED(status) and os.WEXITSTATUS(status)), "the action raised an exception"
     return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
 

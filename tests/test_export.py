@@ -76,15 +76,15 @@ def trained(base_of, train_csv, test_csv, tmp_path_factory):
     """Return a function from a method and a family to a run that has moved far from its start."""
     made = {}
 
-    def get(method, family="bert", model=None):
-        key = (method, family, model)
+    def get(method, family="bert", model=None, **about_the_model):
+        key = (method, family, model, *about_the_model)
         if key not in made:
             made[key] = tmp_path_factory.mktemp("run") / f"{method}-{family}"
             recipe = {
                 "rounds": 3,
                 "cohort": 3,
                 "evaluate_every": 0,
-                "model": {"name": str(model or base_of(family))},
+                "model": {"name": str(model or base_of(family)), **about_the_model},
                 "data": {"train": str(train_csv), "test": str(test_csv), "max_train": 90, "max_test": 9},
                 "task": {"max_length": 32},
                 "method": METHODS[method],
@@ -187,6 +187,19 @@ def test_a_new_pooler_travels_in_the_adapter(trained, base_of, tmp_path):
     base = transformers.AutoModelForSequenceClassification.from_pretrained(bare, num_labels=3)
     model = peft.PeftModel.from_pretrained(base, target)
     expected = torch.cat(list(load(folder).logits(TEXTS)))
+    torch.testing.assert_close(logits_of(model, target), expected, atol=1e-5, rtol=0)
+
+
+def test_a_pooler_that_was_trained_travels_in_the_adapter(trained, base_of, tmp_path):
+    peft = pytest.importorskip("peft")
+    folder = trained("federa-scaled", train_pooler=True)
+    target = export(folder, tmp_path / "adapter")
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(base_of("bert"), num_labels=3)
+    before = base.bert.pooler.dense.weight.detach().clone()
+    model = peft.PeftModel.from_pretrained(base, target)
+    predictor = load(folder)
+    assert (predictor.model.bert.pooler.dense.weight - before).abs().max() > 1e-3
+    expected = torch.cat(list(predictor.logits(TEXTS)))
     torch.testing.assert_close(logits_of(model, target), expected, atol=1e-5, rtol=0)
 
 

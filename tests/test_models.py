@@ -25,8 +25,9 @@ HEADS = {
 }
 
 
-def load(name, labels=LABELS, seed=1, **settings):
-    return load_pretrained(ModelConfig(name=str(name)), AUTO, labels, seed=seed, **settings)
+def load(name, labels=LABELS, seed=1, train_pooler=False, **settings):
+    config = ModelConfig(name=str(name), train_pooler=train_pooler)
+    return load_pretrained(config, AUTO, labels, seed=seed, **settings)
 
 
 def head_of(loaded):
@@ -98,6 +99,23 @@ def test_a_pooler_of_the_checkpoint_is_pretrained_and_a_missing_one_is_new(encod
     assert without.head == HEADS["bert"] | {"bert.pooler.dense.weight", "bert.pooler.dense.bias"}
     assert same(head_of(without), head_of(load(tmp_path)))
     assert not same(head_of(without), head_of(load(tmp_path, seed=2)))
+
+
+POOLER = {"bert.pooler.dense.weight", "bert.pooler.dense.bias"}
+
+
+def test_a_pooler_that_is_to_train_is_of_the_head_and_starts_pretrained(encoder):
+    frozen, trained = (load(encoder("bert"), train_pooler=asked) for asked in (False, True))
+    assert trained.head == frozen.head | POOLER
+    for name in POOLER:
+        assert torch.equal(trained.model.get_parameter(name), frozen.model.get_parameter(name))
+    assert trained.fingerprint == frozen.fingerprint, "it is the same base"
+
+
+@pytest.mark.parametrize("family", [family for family in HEADS if family != "bert"])
+def test_a_pooler_that_is_not_there_cannot_be_trained(encoder, family):
+    with pytest.raises(FederaError, match=f"train_pooler: this {family} has no pooler in its encoder; leave"):
+        load(encoder(family), train_pooler=True)
 
 
 def load_tokenizer(folder):
