@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -86,18 +87,21 @@ def forked(action: Callable[[], object], patience: float = 90) -> int:
     One that hangs fails the test, after it and all that it forked have said on stderr where they are.
     """
     sys.stdout.flush()
+    faulthandler.register(signal.SIGUSR1, file=2)  # before the fork: it may hang before its first line
     child = os.fork()
     if child == 0:
         try:
             os.setpgid(0, 0)
-            faulthandler.register(signal.SIGUSR1, file=2)
             action()
             os._exit(0)
         finally:
             os._exit(1)
+    with suppress(OSError):
+        os.setpgid(child, child)
     end = time.monotonic() + patience
     while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < end:
         time.sleep(0.01)
+    faulthandler.unregister(signal.SIGUSR1)
     if ended == (0, 0):
         for number in (signal.SIGUSR1, signal.SIGKILL):
             os.killpg(child, number)

@@ -291,15 +291,15 @@ def test_dry_run_writes_nothing_and_says_what_would_be(here, capfd):
     out, err = capfd.readouterr()
     assert err == "" and tree(here) == before
     assert "rounds: 7" in out and "name: dirichlet" in out
-    assert "trained parameters: 1,123 of" in out
-    assert "bytes expected: 18.0 kB a round, 125.8 kB in all" in out  # 2 clients x 2 ways x 1,123 x 4 bytes
+    assert "trained parameters: 2,179 of" in out
+    assert "bytes expected: 34.9 kB a round, 244.0 kB in all" in out  # 2 clients x 2 ways x 2,179 x 4 bytes
     assert "time expected:" in out and "nothing was written" in out
 
     assert federa("run", "recipe.yaml", "rounds=7", "--dry-run", "--json") == 0
     plan = json.loads(capfd.readouterr().out)
     assert tree(here) == before
     assert plan["config"]["rounds"] == 7 and sum(plan["partition"]["client_sizes"]) == 240
-    assert plan["expected"]["bytes"] == 7 * 2 * 2 * 1123 * 4 and plan["expected"]["seconds"] > 0
+    assert plan["expected"]["bytes"] == 7 * 2 * 2 * 2179 * 4 and plan["expected"]["seconds"] > 0
 
 
 def test_list_names_every_component_with_its_keys(capsys):

@@ -43,7 +43,7 @@ def plain(experiment, rows, job, params, *, head_lr=None):
     with torch.no_grad():
         for name, tensor in params.items():
             named[name].copy_(tensor)
-    head = {n for n in named if n.startswith("classifier")}
+    head = {n for n in named if "pooler" in n or n.startswith("classifier")}
     groups = [
         {
             "params": [p for n, p in named.items() if (p.ndim > 1) == decays and (n in head) == is_head],
@@ -159,7 +159,7 @@ def test_one_sgd_step_is_lr_times_gradient_and_head_lr_is_the_heads(recipe):
         assert furthest(update.delta, {n: expected[n] - p for n, p in twin.params.items()}) < 1e-7
     even = train(build(recipe, **{**changes, "client__head_lr": None}), job)
     for name, delta in even.delta.items():
-        times = 3.0 if name.startswith("classifier") else 1.0
+        times = 3.0 if "pooler" in name or name.startswith("classifier") else 1.0
         assert torch.allclose(update.delta[name], times * delta, rtol=1e-4, atol=1e-8), name
 
 

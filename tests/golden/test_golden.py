@@ -15,7 +15,7 @@ from running import configure, steady
 RECIPE = {
     "seed": 3, "rounds": 3, "cohort": 6, "evaluate_every": 0, "partition__alpha": 5.0, "method__rank": 4,
     "client__batch_size": 8, "client__schedule": "linear", "client__weight_decay": 0.01, "client__clip_norm": 1.0,
-    "client__dropout": 0.0,
+    "client__dropout": 0.0, "model__train_pooler": False,
 }  # fmt: skip
 GOLDEN = {  # learning rate, loss of each round, accuracy after the last
     "federa": (0.03, [1.080115, 1.068678, 0.986818], 0.6667),

@@ -343,7 +343,7 @@ def test_the_randomised_svd_meets_its_bound_on_a_slowly_falling_spectrum():
     torch.testing.assert_close(b @ a, exact_b @ exact_a, atol=0.05, rtol=0)
 
 
-def test_a_randomised_start_keeps_the_output_and_depends_on_the_seed(load, setup_for, batch, no_svd):
+def test_a_randomised_start_keeps_the_output_and_depends_on_the_seed(load, setup_for, batch):
     loaded = load("bert")
     before = loaded.model(**batch).logits
     method = FeDeRA(rank=4, svd="randomized")
@@ -352,6 +352,10 @@ def test_a_randomised_start_keeps_the_output_and_depends_on_the_seed(load, setup
     again = load("bert")
     second, _ = prepared(again, method, setup_for(again))
     assert all(torch.equal(first[name], second[name]) for name in first)
+    last = load("bert")
+    third, _ = prepared(last, method, setup_for(last, seed=6))
+    factors = [name for name in first if "lora_" in name]
+    assert factors and not any(torch.equal(first[name], third[name]) for name in factors)
 
 
 def test_a_randomised_svd_of_other_components_is_refused():

@@ -10,7 +10,7 @@ from federa.methods import METHODS
 from federa.types import FederaError, Job
 
 NAMES = ("adapter", "bitfit", "federa", "ft", "lora")
-HEAD = {"classifier.weight", "classifier.bias"}
+HEAD = {f"{layer}.{p}" for layer in ("bert.pooler.dense", "classifier") for p in ("weight", "bias")}
 
 
 def build(recipe, name, head, **method):
@@ -75,7 +75,7 @@ def test_a_client_that_was_sent_no_head_starts_from_the_common_one(load, setup_f
     )
     assert set(again) == set(state)
     assert all(torch.equal(again[name], state[name]) for name in state)
-    with pytest.raises(FederaError, match=r"lacks 'classifier\.bias'"):
+    with pytest.raises(FederaError, match=r"lacks 'bert\.pooler\.dense\.bias'"):
         METHODS.parse("lora").prepare(strict.model, setup_for(strict, init=sent))
 
 

@@ -35,9 +35,14 @@ def tokenised(encode: Callable[[], Encoded], table: Any, tokenizer: Any, *settin
 
 
 def _definition(tokenizer: Any) -> Sequence[object]:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    whole: object = sorted(tokenizer.get_vocab().items())
-    if backend is not None:
-        parts = json.loads(backend.to_str())
-        whole = {name: part for name, part in parts.items() if name not in OF_THE_LAST_CALL}
-    return (type(tokenizer).__name__, whole, tokenizer.model_max_length, tokenizer.special_tokens_map)
+    """Return all that a fast tokenizer's result depends on, what it remembers of the last call apart."""
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    return (
+        {name: part for name, part in parts.items() if name not in OF_THE_LAST_CALL},
+        type(tokenizer).__name__,
+        tokenizer.model_max_length,
+        tokenizer.special_tokens_map,
+        tokenizer.truncation_side,
+        tokenizer.model_input_names,
+        tokenizer.pad_token_type_id,
+    )

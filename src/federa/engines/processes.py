@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from federa.experiment import Experiment
 
 MAX_DEATHS = 3  # of workers on one and the same job: then the job, not the worker, is at fault
+START_SECONDS = 30.0  # for a forked worker to say that it is there; it needs a few milliseconds
+_READY = b"ready"
 BUFFER_BYTES = 32 << 20  # for updates that wait for an earlier, longer one; a worker with no room is idle
 _Request = dict[str, Any]
 _fork = multiprocessing.get_context("fork")
@@ -98,10 +100,19 @@ class ProcessesSession:
         # A bounded buffer: a worker may run at most this far ahead of the update that is summed next.
         fit = BUFFER_BYTES // max(1, num_bytes(experiment.params))
         ahead = max(workers + 1, min(fit, experiment.config.cohort))
-        self._slots = [SharedState(experiment.params) for _ in range(ahead)]
+        # In the order of a trained state: the last bits of a norm know it.
+        like = {name: experiment.params[name] for name in experiment.trainer.shared}
+        self._slots = [SharedState(like) for _ in range(ahead)]
         self._workers: list[Worker] = []
-        for _ in range(workers):
-            self._workers.append(self._start())
+        try:
+            for _ in range(workers):
+                self._workers.append(self._fork())
+            for worker in list(self._workers):
+                if not _is_there(worker):
+                    self._replace(worker)
+        except BaseException:
+            self.close()
+            raise
 
     def train(self, params: State, jobs: Sequence[Job]) -> Iterator[Update]:
         """See `Session.train`."""
@@ -129,7 +140,7 @@ class ProcessesSession:
         for worker in self._workers:
             worker.process.join()
 
-    def _start(self) -> Worker:
+    def _fork(self) -> Worker:
         ours, theirs = _fork.Pipe()
         others = [worker.pipe for worker in self._workers] + [ours]
         process = _fork.Process(target=self._work, args=(theirs, others), daemon=True)
@@ -154,7 +165,10 @@ class ProcessesSession:
 
     def _serve(self, pipe: Connection) -> None:
         torch.set_num_threads(self._threads)
+        weight = torch.ones(8, 8, requires_grad=True)
+        (weight @ weight).sum().backward()  # a part of being there
         try:
+            pipe.send_bytes(_READY)
             while True:
                 request = json.loads(pipe.recv_bytes())
                 for part in self._answer(request):
@@ -244,18 +258,37 @@ class ProcessesSession:
         return header, payload
 
     def _replace(self, worker: Worker) -> Worker:
-        """Fork a new worker in a dead one's place, and return it."""
-        worker.pipe.close()
-        worker.process.kill()
-        worker.process.join()
-        self._workers.remove(worker)
-        self._workers.append(self._start())
-        return self._workers[-1]
+        """Fork a new worker in the place of one that is dead or stuck, and return it."""
+        for _ in range(MAX_DEATHS):
+            worker.pipe.close()
+            worker.process.kill()
+            worker.process.join()
+            self._workers.remove(worker)
+            worker = self._fork()
+            self._workers.append(worker)
+            if _is_there(worker):
+                return worker
+        raise RoundFailedError(
+            f"engine: {MAX_DEATHS} workers, one after the other, did not start (out of memory?). "
+            "The last good state is kept; engine.name=serial needs none"
+        )
 
     def _settle(self) -> None:
         """Replace workers that an abandoned iterator left busy: their answers belong to nobody."""
         for worker in [w for w in self._workers if w.busy is not None]:
             self._replace(worker)
+
+
+def _is_there(worker: Worker) -> bool:
+    """Return whether a new worker says that it is there.
+
+    A fork has the locks and thread pools of its parent's libraries in whatever state they were: it may hang
+    or die in its first moments, through no fault of a job.
+    """
+    try:
+        return bool(wait([worker.pipe], START_SECONDS)) and worker.pipe.recv_bytes() == _READY
+    except (EOFError, OSError):
+        return False
 
 
 def _deadly(request: _Request) -> RoundFailedError:

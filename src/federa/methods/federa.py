@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -178,7 +179,9 @@ class FeDeRA(Method):
             factors[f"{layer_name}.lora_A"], factors[f"{layer_name}.lora_B"] = a, b
         if file is not None:
             with suppress(OSError):  # without a cache the next run pays again, nothing else
-                save_state(file, factors, {"base": setup.base})
+                own = file.with_stem(f"{file.stem}-{os.getpid()}")  # another run may write the same start
+                save_state(own, factors, {"base": setup.base})
+                own.replace(file)
         return factors
 
     def _choose(self, layer: LoRALinear, seed: int, index: int) -> Tensor:
