@@ -2,7 +2,7 @@
 
     python benchmarks/svd_start.py [--shape large] [--targets query,value] [--repeats 5]
 
-The matrices are random, with a spectrum that falls as those of trained ones do (column i is scaled by i^-1/2): a
+The matrices are random, with a spectrum that falls as those of trained ones do (column i times i^-1/2): a
 flat one would be the worst case of the randomised way. No cache is used.
 """
 

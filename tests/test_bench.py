@@ -1,48 +1,169 @@
 """`federa bench`: figures of the right kind, the fastest chosen, and the recipe changed only on request."""
 
+import re
+
+import numpy as np
 import pytest
+import torch
 import yaml
 
-from federa.bench import Bench, Timing, bench, lines
+from federa import bench as module
+from federa.bench import Bench, Timing, bench, lines, possible_changes
 from federa.config import parse_config
 from federa.types import FederaError
-from running import federa
+from running import build, configure, federa
+from small import sentences, small_recipe, write_csv
+
+ENGINE_KEYS = {
+    "processes": {"engine.name": "processes", "engine.workers": 2, "engine.threads": 1},
+    "serial": {"engine.name": "serial", "engine.threads": 2},
+    "stacked": {"engine.name": "stacked", "engine.threads": 2},
+}
 
 
-@pytest.fixture(scope="module")
-def recipe_file(encoder, train_csv, test_csv, tmp_path_factory):
-    from small import small_recipe
-
-    path = tmp_path_factory.mktemp("bench") / "recipe.yaml"
-    path.write_text(f"# mine\n{yaml.safe_dump(small_recipe(encoder('bert'), train_csv, test_csv))}")
+@pytest.fixture()
+def recipe_file(recipe, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"# mine\n{yaml.safe_dump(recipe)}")
     return path
 
 
+def measured(engine, best="serial"):
+    """What a bench found of a recipe with an engine: bf16 and the one called best are the fastest."""
+    result = Bench(2, "fused", engine, step_flops=1e9, step_seconds=0.1)
+    for precision, rate in (("fp32", 1.0), ("bf16", 2.0)):
+        result.peaks.append(Timing(precision, {}, (1e10 * rate,)))
+        result.precisions.append(Timing(precision, {"client.precision": precision}, (rate,)))
+    result.engines = [Timing(name, keys, (1.0 + (name == best),)) for name, keys in ENGINE_KEYS.items()]
+    return result
+
+
+def stub(monkeypatch, best="serial"):
+    monkeypatch.setattr(module, "bench", lambda config, *_: measured(config.engine.name, best))
+
+
 def test_everything_is_measured_and_written_on_request(recipe_file, capsys):
+    before = recipe_file.read_text()
     assert federa("bench", recipe_file, "--repeats", 1) == 0
     out = capsys.readouterr().out
-    before = recipe_file.read_text()
+    assert recipe_file.read_text() == before
     for word in (
         "GFLOP/s",
         "of the peak",
         "engine serial",
-        "engine processes",
+        "engine stacked",
         "batch of 8",
         "fastest: client",
     ):
         assert word in out
+    assert ("engine processes" in out) == (module.available_cores() > 1)
     assert federa("bench", recipe_file, "--repeats", 1, "--write") == 0
-    after = recipe_file.read_text()
+    after, out = recipe_file.read_text(), capsys.readouterr().out
     assert after.startswith("# mine")
-    assert after != before
     changed = yaml.safe_load(after)
-    assert changed["engine"]["name"] in ("serial", "processes")
-    assert changed["client"]["precision"] in ("fp32", "bf16")
+    for title, chosen in (
+        ("precision", changed["client"]["precision"]),
+        ("engine", changed["engine"]["name"]),
+    ):
+        assert re.search(rf"^{title} {chosen}.*<- fastest$", out, re.MULTILINE)
     parse_config(changed)  # and it is still a recipe
 
 
+@pytest.mark.parametrize("best", ENGINE_KEYS)
+@pytest.mark.parametrize(
+    "engine",
+    [
+        "serial",
+        "{name: processes, workers: 2}",
+        "{name: stacked, clients: 8}",
+        "\n  name: stacked\n  clients: 8",
+    ],
+)
+def test_the_fastest_engine_is_written_without_the_others_keys(tmp_path, monkeypatch, best, engine):
+    stub(monkeypatch, best)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"engine: {engine}\nseed: 1\n")
+    assert federa("bench", path, "--write") == 0
+    config = parse_config(yaml.safe_load(path.read_text()))
+    assert config.client.precision == "bf16" and config.seed == 1
+    found = {f"engine.{k}": v for k, v in config.engine.model_dump(exclude_none=True).items()}
+    assert {k: v for k, v in found.items() if k != "engine.clients"} == ENGINE_KEYS[best]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "seed: 1\n...\n",
+        "client:\n  precision: |-\n    fp32\n  lr: 1.0e-3\n",
+        "engine: &e {}\npartition: *e\n",
+    ],
+)
+def test_a_recipe_that_cannot_be_edited_is_refused_before_anything_is_measured(
+    tmp_path, monkeypatch, capsys, text
+):
+    monkeypatch.setattr(module, "bench", lambda *_: pytest.fail("it measures"))
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    assert federa("bench", path, "--write") == 2
+    assert "cannot be edited in place; measure without it" in capsys.readouterr().err
+    assert path.read_text() == text
+
+
+def test_an_engine_that_was_not_measured_is_not_rewritten(tmp_path, monkeypatch):
+    stub(monkeypatch)
+    path = tmp_path / "recipe.yaml"
+    path.write_text("engine: {name: ray, workers: 9, address: auto}\nclient: {precision: fp32}\n")
+    assert federa("bench", path, "--write") == 0
+    assert path.read_text() == ("engine: {name: ray, workers: 9, address: auto}\nclient: {precision: bf16}\n")
+
+
+def test_what_can_be_chosen(monkeypatch):
+    """On a CPU those that fork come first; an accelerator has no use for them."""
+
+    def names(config):
+        return list(dict.fromkeys(keys.get("engine.name") for keys in possible_changes(config)))
+
+    monkeypatch.setattr(module, "available_cores", lambda: 4)
+    config = parse_config({"device": "cpu"})
+    assert names(config) == ["processes", "serial", "stacked"]
+    assert {"client.precision": "bf16", **ENGINE_KEYS["processes"], "engine.threads": 2} in possible_changes(
+        config
+    )
+    assert names(config.replace(engine="ray")) == [None]
+    own = config.replace(engine={"name": "stacked", "clients": 3})
+    assert [keys for keys in possible_changes(own) if keys.get("engine.clients") == 3]
+    monkeypatch.setattr(module, "available_cores", lambda: 1)
+    assert names(config) == ["serial", "stacked"]
+    monkeypatch.setattr(module, "available_cores", lambda: 4)
+    monkeypatch.setattr(module, "pick_device", lambda name: torch.device("cuda"))
+    assert names(config) == ["serial", "stacked"]
+
+
+@pytest.mark.parametrize("fails", ["_try_out", "train_together"])
+def test_an_engine_that_refuses_is_left_out_and_why_is_said(recipe, monkeypatch, fails):
+    experiment = build(recipe)
+
+    def refuse(*_):
+        raise FederaError("not with this model")
+
+    monkeypatch.setattr(f"federa.engines.stacked.{fails}", refuse)
+    monkeypatch.setattr(module, "available_cores", lambda: 1)
+    result = measured("serial")
+    result.engines, result.left_out = module._engines(experiment, 1)
+    assert [timing.changes["engine.name"] for timing in result.engines] == ["serial"]
+    said = dict(lines(result, experiment.config))
+    assert said["engine stacked (threads 1)"] == "left out: not with this model"
+    monkeypatch.setattr(experiment.config, "__dict__", {**experiment.config.__dict__, "engine": own("ray")})
+    _, left_out = module._engines(experiment, 1)
+    assert "not measured here" in left_out["ray"]
+
+
+def own(name):
+    return parse_config({"engine": name}).engine
+
+
 def test_the_fastest_by_median_is_chosen():
-    result = Bench(2, "fused")
+    result = Bench(2, "fused", "serial")
     result.precisions = [
         Timing("fp32", {"client.precision": "fp32"}, (1, 9, 2)),
         Timing("bf16", {"client.precision": "bf16"}, (3, 3, 3)),
@@ -61,9 +182,70 @@ def test_mistakes(recipe_file, capsys):
         bench(parse_config(yaml.safe_load(recipe_file.read_text())), print, 0)
 
 
-def test_flops_of_a_step_are_those_of_its_matrices(recipe_file):
-    """Two layers of hidden 32 (feed-forward 64?) and rank-4 factors: bounds that a wrong count would leave."""
-    config = parse_config(yaml.safe_load(recipe_file.read_text()))
+def test_freed_memory_is_kept_from_the_first_timing_on(recipe, monkeypatch):
+    done = []
+    monkeypatch.setattr(module, "keep_freed_memory", lambda: done.append("kept"))
+
+    def stop(*_):
+        done.append("timed")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_peaks", stop)
+    with pytest.raises(KeyboardInterrupt):
+        bench(configure(recipe), print, 1)
+    assert done == ["kept", "timed"]
+
+
+RANK, HIDDEN, WIDE, LAYERS, LABELS = 16, 32, 64, 2, 3
+METHODS = {
+    "lora": {"name": "lora", "rank": RANK},
+    "ft": {"name": "ft"},
+    "probe": {"name": "probe"},
+}
+
+
+def flops(method, rows, tokens):
+    """Of a step of small BERT: two for every weight that a token (or an example, at the head) meets."""
+    n, weights = rows * tokens, 4 * HIDDEN**2 + 2 * HIDDEN * WIDE
+    attention = 2 * 2 * rows * tokens**2 * HIDDEN  # scores, and the mean of values
+    head = 2 * rows * HIDDEN * (HIDDEN + LABELS)
+    forward = LAYERS * (2 * n * weights + attention) + head
+    if method == "probe":  # the gradient ends at the head
+        return forward + head
+    backward = LAYERS * (2 * n * weights + 2 * attention) + 2 * head
+    if method == "ft":
+        return forward + backward + LAYERS * 2 * n * weights
+    # No gradient reaches the embeddings, so none is passed on by the first layer's query, key and value.
+    backward -= 2 * n * 3 * HIDDEN**2
+    factor = (
+        2 * n * HIDDEN * RANK
+    )  # query's and value's: two products forward; B's, A's and two on the way back
+    return forward + backward + 2 * (LAYERS * 6 * factor - factor)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_flops_of_a_step_are_those_of_its_matrices(recipe, method):
+    """Of the steps that are timed: batches of like lengths, with less to pad than those in any order."""
+    experiment = build(recipe, method=METHODS[method], task__max_length=64)
+    lengths = experiment.train.lengths()
+    trainer, rows = experiment.trainer, np.arange(3 * 8)
+    with module._client(experiment, experiment.config.client.model_copy(update={"max_steps": 3})):
+        batches = list(trainer.batches(experiment.train, rows, module._job(experiment.config)))
+    expected = np.mean([flops(method, len(batch), lengths[batch].max()) for batch in batches])
+    found, examples = module._step(experiment)
+    assert found == pytest.approx(expected, rel=0.01)
+    assert examples == 8
+    assert expected < 0.95 * flops(method, 8, lengths[:8].max()), "the test has no batch to pad"
+
+
+def test_a_few_rows_are_enough(encoder, test_csv, tmp_path):
+    """No batch of eight to time, and a short last batch: a step is what it is on the average."""
+    train = write_csv(tmp_path / "train.csv", sentences(7))
+    config = configure(
+        small_recipe(encoder("bert"), train, test_csv), cohort=2, partition={"name": "iid", "clients": 2}, client__batch_size=4
+    )  # fmt: skip
     result = bench(config, lambda what: None, 1)
-    assert result.step_flops > 0
+    assert result.batches == []
+    examples = result.step_seconds * max(timing.rate for timing in result.precisions)
+    assert any(examples == pytest.approx(sum(sizes) / 3) for sizes in ((4, 3, 4), (4, 3, 3)))
     assert dict(lines(result, config))["cores"] == str(result.cores)

@@ -1,6 +1,7 @@
 """The local loop, against training written out with plain torch."""
 
 import csv
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 
 from federa import run
 from federa.client import ClientConfig, measured_precision, scheduled_lr
+from federa.cpu import native
 from federa.data.batches import training_batches
 from federa.seeds import generator
 from federa.server import make_jobs
@@ -309,6 +311,48 @@ def test_bf16_is_close_to_fp32_and_keeps_float32_masters(recipe):
     # A step far below bfloat16's resolution of the parameters still counts.
     small = train(experiment, Job(1, 0, 3, 1e-5), rows).delta["classifier.weight"]
     assert 0 < float(small.abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("kernels", [nullcontext, native.without], ids=["kernels", "no kernels"])
+def test_a_bf16_step_is_that_of_a_float64_model(recipe, encoder, kernels):
+    """Parameter by parameter, with padding, in a model through all of which gradients flow.
+
+    Fresh matrices are so small that the head's gradient hides what the attention does: they are made larger.
+    """
+    changes = {**SGD, "method__name": "ft", "client__lr": 1.0, "client__dropout": 0.0}
+    experiment = build(recipe, **changes, client__precision="bf16", client__batch_size=16)
+    model, rows = experiment.trainer.model, np.arange(16)
+    experiment.trainer.flat.load_(experiment.params)
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(2)
+        for module in model.modules():
+            if isinstance(module, nn.Linear):
+                module.weight.mul_(10)
+                module.bias.normal_(std=0.2)
+    start = {n: p.detach().float() for n, p in model.named_parameters()}
+
+    truth = transformers.AutoModelForSequenceClassification.from_pretrained(
+        encoder("bert"), num_labels=3, attn_implementation="eager"
+    )
+    truth.load_state_dict(start, strict=False)
+    truth = truth.double().eval()
+    batch = experiment.train.batch(rows, torch.device("cpu"))
+    assert not batch["attention_mask"].all(), "some rows are padded"
+    loss = truth(**batch).loss
+    loss.backward()
+
+    with kernels():
+        update = train(experiment, Job(1, 0, 3, 1.0), rows, {n: start[n] for n in experiment.params})
+    assert update.metrics["steps"] == 1
+    assert update.metrics["loss"] == pytest.approx(loss.item(), rel=0.01)
+    gradients = {n: p.grad for n, p in truth.named_parameters()}
+    largest = max(float(gradients[n].norm()) for n in update.delta)
+    for name, delta in update.delta.items():
+        if name.endswith("key.bias"):  # moves all scores of a query alike: its gradient is truly zero
+            assert delta.norm() < 1e-3 * largest, name
+            continue
+        assert gradients[name].norm() > 1e-3 * largest, f"{name} does not count"
+        assert (delta + gradients[name]).norm() < 0.08 * gradients[name].norm(), name
 
 
 def test_predictions_are_those_of_the_state_that_is_given(recipe):

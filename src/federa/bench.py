@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
 
@@ -13,18 +14,30 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from federa.client import scheduled_lr
+from federa.client import ClientConfig, scheduled_lr
 from federa.config import RunConfig
 from federa.cpu import native
-from federa.engines import ENGINES, Session
+from federa.engines import ENGINES, Engine, Session, Stacked
+from federa.engines.base import keep_freed_memory
 from federa.experiment import Experiment, build_experiment, resolve
 from federa.machine import available_cores
-from federa.types import FederaError, Job
+from federa.models import pick_device
+from federa.types import FederaError, Job, RoundFailedError
 
 STEPS = 3  # of a timed client: enough to outlast its start, few enough to wait for
 GEMM_SIDE = 2048
+PRECISIONS = ("fp32", "bf16")
 BATCH_SIZES = (8, 16, 32, 64)
 Say = Callable[[str], None]
+
+
+def _product_flops(_: Any, one: Sequence[int], other: Sequence[int], **__: Any) -> int:
+    """Count the operations of a matrix product, or one a client, from the shapes of its factors."""
+    return 2 * math.prod(one) * other[-1]
+
+
+# Torch's counter knows the products that add to a new tensor, not those of `methods/lora.py`.
+IN_PLACE = {torch.ops.aten.addmm_: _product_flops, torch.ops.aten.baddbmm_: _product_flops}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,33 +67,50 @@ class Bench:
     Attributes:
         cores: that this process may use.
         kernels: `fused`, or why the compiled kernels are not in use.
+        engine: the name of the recipe's own.
         peaks: of matrix products, by precision, on one thread.
-        step_flops: floating-point operations in matrix products of one local step.
-        step_seconds: of that step, on one thread.
+        step_flops: floating-point operations in matrix products of a local step, the mean of those timed.
+        step_seconds: of such a step, on one thread.
         precisions: examples a second of one worker.
         engines: examples a second of all workers.
         batches: examples a second by batch size, of one worker; another batch size trains differently.
+        left_out: why an engine was not measured.
     """
 
     cores: int
     kernels: str
+    engine: str
     peaks: list[Timing] = field(default_factory=list)
     step_flops: float = 0.0
     step_seconds: float = 0.0
     precisions: list[Timing] = field(default_factory=list)
     engines: list[Timing] = field(default_factory=list)
     batches: list[Timing] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
 
     def peak(self, precision: str) -> float:
         """Return the measured peak of a precision, in floating-point operations a second."""
         return next(timing.rate for timing in self.peaks if timing.name == precision)
 
     def best(self) -> dict[str, Any]:
-        """Return the dotted keys of the fastest precision and engine."""
+        """Return the dotted keys of the fastest precision and engine.
+
+        Nothing is faster than an engine that was not measured, a cluster say: then it stays.
+        """
+        measured = any(timing.changes["engine.name"] == self.engine for timing in self.engines)
         found: dict[str, Any] = {}
-        for timings in (self.precisions, self.engines):
-            found.update(max(timings, key=lambda timing: timing.rate).changes)
+        for timings in (self.precisions, self.engines if measured else []):
+            if timings:
+                found.update(max(timings, key=lambda timing: timing.rate).changes)
         return found
+
+
+def possible_changes(config: RunConfig) -> list[dict[str, Any]]:
+    """Return all that `Bench.best` can come to for a recipe: whoever writes it can try that before."""
+    engines = [_keys(engine) for engine in _candidates(config, available_cores())]
+    if config.engine.name not in {keys["engine.name"] for keys in engines}:
+        engines = [{}]
+    return [{"client.precision": precision, **keys} for precision in PRECISIONS for keys in engines]
 
 
 def bench(config: RunConfig, say: Say, repeats: int = 5) -> Bench:
@@ -97,26 +127,28 @@ def bench(config: RunConfig, say: Say, repeats: int = 5) -> Bench:
     if repeats < 1:
         raise FederaError(f"--repeats {repeats}: expected 1 or more")
     config = resolve(config)
-    out = Bench(available_cores(), native.status() if config.device == "cpu" else "not used on this device")
+    on_cpu = config.device == "cpu"
+    kernels = native.status() if on_cpu else "not used on this device"
+    out = Bench(available_cores(), kernels, config.engine.name)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
+        if on_cpu:
+            keep_freed_memory()  # as every engine does: what is timed before the first one opens, too
         say("matrix products")
         out.peaks = _peaks(torch.device(config.device), repeats)
         say("local steps, both precisions")
         experiments = {
             precision: build_experiment(config.replace(**{"client.precision": precision}))
-            for precision in ("fp32", "bf16")
+            for precision in PRECISIONS
         }
         out.precisions = _interleaved(
             {p: ({"client.precision": p}, _worker(e, _rows(e, config))) for p, e in experiments.items()},
             repeats,
         )
         chosen = experiments[max(out.precisions, key=lambda timing: timing.rate).name]
-        precision = chosen.config.client.precision
-        out.step_flops = _step_flops(chosen)
-        rate = next(timing.rate for timing in out.precisions if timing.name == precision)
-        out.step_seconds = config.client.batch_size / rate
+        out.step_flops, examples = _step(chosen)
+        out.step_seconds = examples / max(timing.rate for timing in out.precisions)
         say("batch sizes")
         out.batches = _interleaved(
             {
@@ -127,7 +159,7 @@ def bench(config: RunConfig, say: Say, repeats: int = 5) -> Bench:
             repeats,
         )
         say("engines")
-        out.engines = _engines(chosen, repeats)
+        out.engines, out.left_out = _engines(chosen, repeats)
     finally:
         torch.set_num_threads(threads)
     return out
@@ -149,14 +181,14 @@ def _peaks(device: torch.device, repeats: int) -> list[Timing]:
 
 
 def _interleaved(
-    rivals: Mapping[str, tuple[Mapping[str, Any], Callable[[], float]]], repeats: int
+    rivals: Mapping[str, tuple[Mapping[str, Any], Callable[[], float]]], repeats: int, *, warm: bool = False
 ) -> list[Timing]:
-    """Run every rival once to warm up, then all of them in turn, so that a slow minute hits them alike."""
+    """Run every rival once unless they are warm, then all in turn, so that a slow minute hits them alike."""
     rates: dict[str, list[float]] = {name: [] for name in rivals}
-    for turn in range(repeats + 1):
+    for turn in range(repeats + (not warm)):
         for name, (_, run) in rivals.items():
             rate = run()
-            if turn:
+            if warm or turn:
                 rates[name].append(rate)
     return [Timing(name, changes, tuple(rates[name])) for name, (changes, _) in rivals.items()]
 
@@ -166,18 +198,25 @@ def _rows(experiment: Experiment, config: RunConfig, batch_size: int | None = No
     return np.arange(min(len(experiment.train), STEPS * (batch_size or config.client.batch_size)))
 
 
+def _short(client: ClientConfig, batch_size: int | None = None) -> ClientConfig:
+    """Return settings for STEPS steps; few rows are gone over again."""
+    return client.model_copy(
+        update={"max_steps": STEPS, "epochs": STEPS, "batch_size": batch_size or client.batch_size}
+    )
+
+
+def _job(config: RunConfig) -> Job:
+    return Job(1, 0, 0, scheduled_lr(config.client, 1, config.rounds))
+
+
 def _worker(
     experiment: Experiment, rows: np.ndarray[Any, Any], batch_size: int | None = None
 ) -> Callable[[], float]:
     """Return what trains one client of these rows in this process, and gives examples a second."""
-    client = experiment.config.client
-    changes: dict[str, Any] = {"max_steps": STEPS, "epochs": STEPS}  # few rows are gone over again
-    if batch_size is not None:
-        changes["batch_size"] = batch_size
-    job = Job(1, 0, 0, scheduled_lr(client, 1, experiment.config.rounds))
+    client, job = _short(experiment.config.client, batch_size), _job(experiment.config)
 
     def run() -> float:
-        with _client(experiment, client.model_copy(update=changes)):
+        with _client(experiment, client):
             update, _ = experiment.trainer.train(
                 experiment.params, experiment.train, rows, job, experiment.kept.start
             )
@@ -187,7 +226,7 @@ def _worker(
 
 
 @contextmanager
-def _client(experiment: Experiment, changed: Any) -> Iterator[None]:
+def _client(experiment: Experiment, changed: ClientConfig) -> Iterator[None]:
     """Let the trainer follow other client settings for a while."""
     before = experiment.trainer.config
     experiment.trainer.config = changed
@@ -197,39 +236,55 @@ def _client(experiment: Experiment, changed: Any) -> Iterator[None]:
         experiment.trainer.config = before
 
 
-def _step_flops(experiment: Experiment) -> float:
-    """Count the operations in the matrix products of one step, with torch's own counter.
+def _step(experiment: Experiment) -> tuple[float, float]:
+    """Return the operations in the matrix products of a step, and its examples: the mean of those timed.
 
-    It sees torch's operations only, so the step is counted without the compiled kernels.
+    Torch's own counter sees torch's operations only, so the steps are counted without the compiled kernels.
     """
-    rows = np.arange(min(len(experiment.train), experiment.config.client.batch_size))
-    counter = FlopCounterMode(display=False)
+    trainer, train, config = experiment.trainer, experiment.train, experiment.config
+    with _client(experiment, _short(config.client)):
+        steps = list(trainer.batches(train, _rows(experiment, config), _job(config)))
+    counter = FlopCounterMode(display=False, custom_mapping=IN_PLACE)
+    trainer.model.train()
     with native.without(), counter:
-        experiment.trainer.model.train()
-        batch = experiment.train.batch(rows, experiment.trainer.device)
-        experiment.trainer.model(**batch).loss.backward()
-    experiment.trainer.flat.zero_gradient_()
-    return float(counter.get_total_flops())
+        for rows in steps:
+            trainer.model(**train.batch(rows, trainer.device)).loss.backward()
+    trainer.flat.zero_gradient_()
+    return counter.get_total_flops() / len(steps), sum(map(len, steps)) / len(steps)
 
 
-def _candidates(device: str, cores: int) -> list[dict[str, Any]]:
-    """Return the engines that are worth a try on a machine."""
-    if device != "cpu":
-        return [{"name": "serial"}]
-    found: list[dict[str, Any]] = [{"name": "serial", "threads": cores}]
-    threads = 1
-    while cores // threads >= 2:  # one worker is what `serial` is
-        found.append({"name": "processes", "workers": cores // threads, "threads": threads})
-        threads *= 2
-    return found
+def _candidates(config: RunConfig, cores: int) -> list[Engine]:
+    """Return the engines that are worth a try on a machine, those that fork first.
+
+    A fork does not survive another engine's threads.
+    """
+    found: list[dict[str, Any]] = []
+    on_cpu = pick_device(config.device).type == "cpu"
+    each = 1
+    while on_cpu and cores // each >= 2:  # one worker is what `serial` is
+        found.append({"name": "processes", "workers": cores // each, "threads": each})
+        each *= 2
+    threads = cores if on_cpu else config.engine.threads
+    own = config.engine.clients if isinstance(config.engine, Stacked) else None
+    found += [{"name": "serial", "threads": threads}, {"name": "stacked", "threads": threads, "clients": own}]
+    return [ENGINES.parse({k: v for k, v in keys.items() if v is not None}) for keys in found]
 
 
-def _engines(experiment: Experiment, repeats: int) -> list[Timing]:
-    config = experiment.config
+def _keys(engine: Engine) -> dict[str, Any]:
+    return {f"engine.{key}": value for key, value in engine.model_dump(exclude_none=True).items()}
+
+
+def _engines(experiment: Experiment, repeats: int) -> tuple[list[Timing], dict[str, str]]:
+    """Return how fast the engines are, and why others were left out."""
+    config, cores = experiment.config, available_cores()
     sizes = np.array([len(part) for part in experiment.parts])
-    largest = np.argsort(-sizes, kind="stable")[: 2 * available_cores()]
-    lr = scheduled_lr(config.client, 1, config.rounds)
-    jobs = [Job(1, int(client), int(client), lr) for client in largest]
+    # A few clients a core tell; side by side on an accelerator, only a whole cohort does.
+    number = 2 * cores if config.device == "cpu" else config.cohort
+    job = _job(config)
+    jobs = [
+        replace(job, client_id=int(client), seed=int(client))
+        for client in np.argsort(-sizes, kind="stable")[:number]
+    ]
 
     def trains(session: Session) -> Callable[[], float]:
         def run() -> float:
@@ -239,20 +294,24 @@ def _engines(experiment: Experiment, repeats: int) -> list[Timing]:
 
         return run
 
-    changed = config.client.model_copy(update={"max_steps": STEPS, "epochs": STEPS})
-    with ExitStack() as stack, _client(experiment, changed):
-        rivals = {}
-        # Those that fork come first: a fork does not survive another engine's threads.
-        candidates = sorted(_candidates(config.device, available_cores()), key=lambda c: c["name"])
-        for candidate in candidates:
-            session = stack.enter_context(ENGINES.parse(candidate).open(experiment))
-            words = ", ".join(f"{k} {v}" for k, v in candidate.items() if k != "name")
-            changes = {f"engine.{key}": value for key, value in candidate.items()}
-            rivals[f"{candidate['name']} ({words})" if words else candidate["name"]] = (
-                changes,
-                trains(session),
+    rivals, left_out = {}, {}
+    with ExitStack() as stack, _client(experiment, _short(config.client)):
+        for engine in _candidates(config, cores):
+            keys = _keys(engine)
+            words = ", ".join(
+                f"{k.removeprefix('engine.')} {v}" for k, v in keys.items() if k != "engine.name"
             )
-        return _interleaved(rivals, repeats)
+            name = f"{engine.name} ({words})" if words else engine.name
+            try:
+                run = trains(stack.enter_context(engine.open(experiment)))
+                run()  # what does not fit says so here
+            except (FederaError, RoundFailedError) as error:
+                left_out[name] = str(error)
+            else:
+                rivals[name] = keys, run
+        if config.engine.name not in {keys["engine.name"] for keys, _ in rivals.values()}:
+            left_out.setdefault(config.engine.name, "not measured here; --write leaves it in the recipe")
+        return _interleaved(rivals, repeats, warm=True), left_out
 
 
 def lines(result: Bench, config: RunConfig) -> Iterator[tuple[str, str]]:
@@ -274,10 +333,12 @@ def lines(result: Bench, config: RunConfig) -> Iterator[tuple[str, str]]:
         ("engine", result.engines),
     )
     for title, timings in groups:
-        top = max(timing.rate for timing in timings)
+        top = max((timing.rate for timing in timings), default=0.0)  # few rows: no batch of 8
         for timing in timings:
             mark = "  <- fastest" if timing.rate == top else ""
             yield f"{title} {timing.name}", f"{_spread(timing, 1)} examples/s{mark}"
+    for name, reason in result.left_out.items():
+        yield f"engine {name}", f"left out: {reason}"
 
 
 def _spread(timing: Timing, unit: float) -> str:

@@ -183,7 +183,7 @@ def bench(
     """Measure this machine on a recipe: its peak, a local step, and the fastest precision and engine."""
     from federa import progress
     from federa.bench import bench as measure
-    from federa.bench import lines
+    from federa.bench import lines, possible_changes
     from federa.config import load_config
     from federa.recipe_edit import edit_recipe
     from federa.state import write_atomically
@@ -192,6 +192,16 @@ def bench(
     if write and recipe is None:
         raise FederaError("--write: say which recipe to write into: federa bench RECIPE.yaml --write")
     config = load_config(recipe, overrides)
+    if recipe is not None and write:  # not after minutes of measuring
+        possible = possible_changes(config)
+        try:
+            for changes in possible:
+                edit_recipe(recipe.read_text(encoding="utf-8"), changes, recipe.parent)
+        except FederaError as error:
+            raise FederaError(
+                f"--write: {recipe} is written in a way that cannot be edited in place;"
+                " measure without it, and set by hand what is the fastest"
+            ) from error
     console = progress.console()
     with console.status("measuring") as status:
         result = measure(config, lambda what: status.update(f"measuring: {what}"), repeats)
@@ -201,7 +211,7 @@ def bench(
         words = " ".join(f"{key}={value}" for key, value in result.best().items())
         console.print(f"fastest: {words}", highlight=False)
         return
-    changed = edit_recipe(recipe.read_text(encoding="utf-8"), result.best())
+    changed = edit_recipe(recipe.read_text(encoding="utf-8"), result.best(), recipe.parent)
     write_atomically(recipe, changed.encode())
     console.print(f"written into {recipe}; another batch size would train differently, so it stays")
 

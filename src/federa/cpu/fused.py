@@ -65,7 +65,7 @@ class Gelu(Stackable):
 
     @staticmethod
     def forward(ctx: Any, library: CDLL, h: Tensor, bias: Tensor | None) -> Tensor:  # noqa: D102
-        h = h.contiguous()
+        h, bias = h.contiguous(), None if bias is None else bias.contiguous()
         y = torch.empty_like(h)
         wanted = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         slope = torch.empty_like(h) if wanted else None
@@ -106,7 +106,8 @@ class Norm(Stackable):
         eps: float,
         rate: float,
     ) -> Tensor:
-        h, residual = h.contiguous(), residual.contiguous()
+        h, residual, weight, beta = (t.contiguous() for t in (h, residual, weight, beta))
+        bias = None if bias is None else bias.contiguous()
         rows, cols = h.numel() // h.shape[-1], h.shape[-1]
         y = torch.empty_like(h)
         wanted = any(ctx.needs_input_grad)

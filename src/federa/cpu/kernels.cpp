@@ -13,7 +13,8 @@
 #ifdef __AVX512F__
 #include <immintrin.h>
 #endif
-#ifdef __AMX_BF16__
+#if defined(__AMX_BF16__) && !defined(__clang__)  // which has no __builtin_shuffle
+#define WITH_TILES
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -167,8 +168,7 @@ struct GeluTable {
             std::memcpy(&x, &wide, 4);
             double cdf = 0.5 * std::erfc(-double(x) * 0.70710678118654752);
             double slope = cdf + x * std::exp(-0.5 * double(x) * x) * 0.39894228040143268;
-            bool huge = std::isinf(x);  // inf * 0 is not a number
-            entry[bits] = half(huge && x < 0 ? 0.0f : float(x * cdf)) | half(huge ? x > 0 : float(slope)) << 16;
+            entry[bits] = half(float(x * cdf)) | half(float(slope)) << 16;
         }
     }
     static uint32_t half(float x) {
@@ -178,19 +178,23 @@ struct GeluTable {
         return out[0].bits;
     }
 };
+const GeluTable &gelu_table() {
+    static const GeluTable table;
+    return table;
+}
 
 template <bool with_bias, bool with_slope>
 void gelu_row(const bf16 *h, const bf16 *bias, bf16 *y, bf16 *slope, int64_t cols) {
-    static const GeluTable table;
+    const uint32_t *entry = gelu_table().entry;
     sweep(cols, [=](int64_t i, auto count) {
         Halves bits = {};
         if (with_bias) store(reinterpret_cast<bf16 *>(&bits), load(h + i, count) + load(bias + i, count));
         else std::memcpy(&bits, h + i, count * 2);
 #ifdef __AVX512F__
-        Words found = (Words)_mm512_i32gather_epi32(_mm512_cvtepu16_epi32((__m256i)bits), table.entry, 4);
+        Words found = (Words)_mm512_i32gather_epi32(_mm512_cvtepu16_epi32((__m256i)bits), entry, 4);
 #else
         Words found;
-        for (int64_t lane = 0; lane < LANES; lane++) found[lane] = table.entry[bits[lane]];
+        for (int64_t lane = 0; lane < LANES; lane++) found[lane] = entry[bits[lane]];
 #endif
         Halves low = __builtin_convertvector(found, Halves), high = __builtin_convertvector(found >> 16, Halves);
         std::memcpy(y + i, &low, count * 2);
@@ -305,7 +309,7 @@ template <class T> void dropout(const T *x, T *y, int64_t size, float rate, uint
 
 }  // namespace
 
-#ifdef __AMX_BF16__
+#ifdef WITH_TILES
 namespace {
 
 // ---- attention on AMX tiles: 16 x 32 bf16 times 32 x 16 bf16 into 16 x 16 float32 ----
@@ -515,6 +519,14 @@ void softmax_backward_row(const float *scores, const float *d_weights, const flo
 struct Shape {
     int64_t batch, heads, length, width;
 };
+
+// Whether a batch element's keys are all hidden. The lowest number added to each of its scores swallows them: the
+// weights are equal, and the log of their sum is lost beside that number. So such an element gets scores of zero
+// and no mask.
+bool all_hidden(const float *bias, int64_t length) {
+    return bias && *std::max_element(bias, bias + length) < -1e30f;
+}
+
 struct Strides {  // in numbers, of (batch, head, position)
     int64_t b, h, t;
     int64_t at(int64_t batch, int64_t head) const { return batch * b + head * h; }
@@ -546,11 +558,12 @@ void attend(Shape s, const bf16 *q, Strides qs, const bf16 *k, Strides ks, const
             }
             pack_columns(K, Kt, L, D);
             pack_rows(V, Vp, L, D);
-            for (int64_t c = 0; c < L; c++) {
-                mask[c] = c >= s.length ? -INFINITY : bias ? bias[b * s.length + c] : 0.0f;
-            }
+            const float *own = bias ? bias + b * s.length : nullptr;
+            const bool blind = all_hidden(own, s.length);
+            for (int64_t c = 0; c < L; c++) mask[c] = c >= s.length ? -INFINITY : own && !blind ? own[c] : 0.0f;
             for (int64_t i = 0; i < s.length; i += 32) {
                 multiply(Q + i * D, Kt, S, 32, L, D);
+                if (blind) std::fill(S, S + 32 * L, 0.0f);
                 for (int64_t r = 0; r < std::min<int64_t>(32, s.length - i); r++) {
                     int64_t query = bh * s.length + i + r;
                     float sum = softmax_row(S + r * L, mask, P + r * L, L, scale, rate > 0, drop,
@@ -618,12 +631,15 @@ void attend_backward(Shape s, const bf16 *q, Strides qs, const bf16 *k, Strides 
                 delta[c] = sum_of(sum);
                 top[c] = lse[bh * s.length + c];
             }
+            const float *own = bias ? bias + b * s.length : nullptr;
+            const bool blind = all_hidden(own, s.length);
             for (int64_t j = 0; j < L; j += 32) {
                 multiply(K + j * D, Qt, S, 32, L, D);
+                if (blind) std::fill(S, S + 32 * L, 0.0f);
                 multiply(V + j * D, Gt, dP, 32, L, D);
                 for (int64_t r = 0; r < 32; r++) {
                     bool real = j + r < s.length;
-                    float shift = real ? (bias ? bias[b * s.length + j + r] : 0.0f) : -INFINITY;
+                    float shift = !real ? -INFINITY : own && !blind ? own[j + r] : 0.0f;
                     softmax_backward_row(S + r * L, dP + r * L, top, delta, P + r * L, dS + r * L, L, scale, shift,
                                          rate > 0, drop, uint32_t(bh * s.length * s.length + j + r),
                                          uint32_t(s.length));
@@ -678,14 +694,14 @@ FOR_BOTH(MAKE_FUNCTIONS)
 
 // Whether this processor has bf16 matrix tiles and the system lets us use them.
 int has_tiles() {
-#ifdef __AMX_BF16__
+#ifdef WITH_TILES
     return tiles_granted();
 #else
     return 0;
 #endif
 }
 
-#ifdef __AMX_BF16__
+#ifdef WITH_TILES
 // strides: of q, k and v, in numbers, each (batch, head, position).
 void attention(const bf16 *q, const bf16 *k, const bf16 *v, const int64_t *strides, const float *bias, bf16 *out,
                float *lse, int64_t batch, int64_t heads, int64_t length, int64_t width, float scale, float rate,

@@ -12,7 +12,9 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -23,9 +25,8 @@ from pathlib import Path
 from federa.machine import cache_folder
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
-FLAGS = (
-    "-std=c++17 -O3 -march=native -fno-math-errno -fno-trapping-math -fopenmp -shared -fPIC".split()  # noqa: SIM905
-)
+FLAGS = ["-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp"]
+FLAGS += ["-shared", "-fPIC", "-Wno-psabi"]
 COMPILE_SECONDS = 120
 _log = logging.getLogger(__name__)
 _switched_off = ContextVar("switched_off", default=False)
@@ -36,38 +37,73 @@ class CannotBuildError(Exception):
 
 
 def build(folder: Path) -> Path:
-    """Return the compiled library in a folder, compiling it if this source and processor are new to it.
+    """Return the compiled library in a folder, compiling it if this source and machine are new to it.
+
+    The name of a library tells what went into it and what came out: one that was cut short, which would kill
+    the process that loads it, is made again.
 
     Raises:
-        CannotBuildError: no compiler, or it failed.
+        CannotBuildError: no compiler, or it failed; others can change what is in the folder.
     """
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        raise CannotBuildError("there is no C++ compiler (c++, g++, clang++)")
-    wide = ["-mprefer-vector-width=512"] if "avx512f" in _processor() else []
-    command = [compiler, *FLAGS, *wide]
-    key = hashlib.sha256("\n".join([*command, _processor(), SOURCE.read_text()]).encode()).hexdigest()[:16]
-    library = folder / f"kernels-{key}.so"
-    if library.exists():
-        return library
     try:
+        compiler = _compiler()
+        wide = ["-mprefer-vector-width=512"] if "avx512f" in _processor() else []
+        command = [*compiler, *FLAGS, *wide, str(SOURCE)]
+        version = _run([*compiler, "--version"]).stdout
+        key = _digest("\n".join([*command, version, _processor(), SOURCE.read_text()]).encode())
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _check_owner(folder)
+        for library in folder.glob(f"kernels-{key}-*.so"):
+            _check_owner(library)
+            if library.stem.endswith(_digest(library.read_bytes())):
+                return library
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             made = Path(scratch) / "kernels.so"
-            done = subprocess.run(
-                [*command, str(SOURCE), "-o", str(made)],
-                capture_output=True,
-                text=True,
-                timeout=COMPILE_SECONDS,
-                check=False,
-            )
+            done = _run([*command, "-o", str(made)])
             if done.returncode != 0:
-                reason = (done.stderr.strip().splitlines() or ["no message"])[0]
-                raise CannotBuildError(f"{compiler} failed: {reason}")
-            made.replace(library)  # in one step: other processes see all of it or nothing
+                raise CannotBuildError(f"{shlex.join(compiler)} failed: {_reason(done.stderr)}")
+            made.chmod(0o700)
+            with made.open("rb") as file:
+                library = folder / f"kernels-{key}-{_digest(file.read())}.so"
+                os.fsync(file)
+            return made.replace(library)  # in one step: other processes see all of it or nothing
     except (OSError, subprocess.SubprocessError) as error:
         raise CannotBuildError(str(error)) from error
-    return library
+
+
+def _compiler() -> list[str]:
+    try:
+        chosen = shlex.split(os.environ.get("CXX", ""))  # it may be two words: ccache g++
+    except ValueError as error:
+        raise CannotBuildError(f"CXX: {error}") from error
+    found = [path for path in map(shutil.which, ("c++", "g++", "clang++")) if path]
+    if not chosen and not found:
+        raise CannotBuildError("there is no C++ compiler (c++, g++, clang++)")
+    return chosen or found[:1]
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS, check=False)
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _reason(stderr: str) -> str:
+    """Return the line that says why a compiler failed: warnings may come before it."""
+    lines = stderr.strip().splitlines() or ["no message"]
+    telling = (line for line in lines if any(word in line for word in ("error", "cannot find", "undefined")))
+    return next(telling, lines[0])
+
+
+def _check_owner(path: Path) -> None:
+    """Refuse code that another user could have put there."""
+    found, above = path.stat(), path.parent.stat().st_mode
+    if found.st_uid not in (0, os.getuid()) or found.st_mode & 0o022:
+        raise CannotBuildError(f"{path} belongs to another user, or others can write to it")
+    if above & stat.S_IWOTH and not above & stat.S_ISVTX:  # anyone can put another one in its place
+        raise CannotBuildError(f"everybody can write to {path.parent}, which code is not loaded from")
 
 
 def load() -> ctypes.CDLL | None:
@@ -86,8 +122,11 @@ def without() -> Iterator[None]:
 
 
 def status() -> str:
-    """Return `fused`, or the reason why the kernels are not in use."""
-    return _load()[1] or "fused"
+    """Return `fused`, `fused, without matrix tiles`, or the reason why the kernels are not in use."""
+    library, reason = _load()
+    if library is None:
+        return reason
+    return "fused" if library.has_tiles() else "fused, without matrix tiles"
 
 
 @functools.cache
@@ -95,7 +134,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     if os.environ.get("FEDERA_KERNELS") == "off":
         return None, "FEDERA_KERNELS=off"
     try:
-        return _bind(ctypes.CDLL(str(build(cache_folder())))), ""
+        return _bind(ctypes.CDLL(str(build(cache_folder() / "kernels")))), ""
     except (CannotBuildError, OSError) as error:
         _log.warning("fused CPU kernels are not in use, training is slower: %s", error)
         return None, str(error)

@@ -1,4 +1,4 @@
-"""Engines: where and how fast the clients of a round are run; never with what result."""
+"""Engines: where and how fast the clients of a round are run; `Engine` says what a result owes to them."""
 
 from federa.engines.base import ENGINES, Engine, Session
 from federa.engines.processes import Processes

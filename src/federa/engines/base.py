@@ -35,7 +35,10 @@ class Session(Protocol):
 
 
 class Engine(Component, ABC):
-    """Runs the clients of a round; a recipe's results do not depend on which.
+    """Runs the clients of a round.
+
+    With equal threads the bits of a result do not depend on which engine or on how many workers; those of
+    `stacked` do: the same to rounding, and with dropout on other draws of the same distribution.
 
     Attributes:
         threads: of each worker; None for what the cores allow.
@@ -44,7 +47,7 @@ class Engine(Component, ABC):
     threads: int | None = Field(default=None, ge=1)
 
     def num_workers(self) -> int:
-        """Return how many clients are trained at a time."""
+        """Return how many workers share the clients of a round; one pass over several is one worker's."""
         return 1
 
     @abstractmethod

@@ -50,7 +50,8 @@ def _pack(state: State) -> bytes:
 
 def _arithmetic() -> str:
     """Return what a worker must share with the driver, or it would compute other bits."""
-    return f"torch {torch.__version__} {'with' if native.status() == 'fused' else 'without'} fused kernels"
+    kernels = native.status()  # not why there are none: without kernels all compute the same
+    return f"torch {torch.__version__}, kernels: {kernels if kernels.startswith('fused') else 'none'}"
 
 
 class Carried:

@@ -1,12 +1,14 @@
 """All clients of a round in one batched pass over one frozen backbone.
 
 One client's batch is too small to keep an accelerator busy; those of a whole cohort are not. The updates are
-those of the serial engine to rounding; with dropout on they are other draws of the same distribution, and the
-same recipe on the same engine gives the same bits (as long as it trains as many clients at a time).
+those of the serial engine to rounding; with dropout on they are other draws of the same distribution. Who is
+trained with whom settles those draws: the same recipe on the same engine gives the same bits, resumed or not,
+as long as it says how many are trained at a time (`clients`) or the whole cohort fits into memory.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,6 +32,7 @@ SHARE = 0.7  # of the free memory that a group of clients may take
 COPIES = (
     10  # of the trained parameters, float32, that a client takes: weights, gradients, moments, temporaries
 )
+_log = logging.getLogger(__name__)
 REMEDY = "use engine.name=serial"
 
 
@@ -58,7 +61,7 @@ class StackedSession:
         yield from self._experiment.predict(params, batches, job)
 
     def _groups(self, jobs: Sequence[Job]) -> Iterator[Sequence[Job]]:
-        """Yield as few groups as can be, as even as can be: how many fit then hardly ever changes them."""
+        """Yield as few groups as can be, as even as can be."""
         number = -(-len(jobs) // self.clients)
         for i in range(number):
             yield jobs[i * len(jobs) // number : (i + 1) * len(jobs) // number]
@@ -92,7 +95,7 @@ class Stacked(Engine):
     """A round's clients side by side: trained parameters get a client dimension, frozen ones are shared.
 
     Attributes:
-        clients: trained at a time; None for as many as fit into memory.
+        clients: trained at a time; None for the whole cohort, or as many of it as fit into memory.
     """
 
     name: Literal["stacked"] = "stacked"
@@ -109,7 +112,7 @@ class Stacked(Engine):
         keep_freed_memory()
         try:
             _try_out(experiment)
-            clients = self.clients or clients_that_fit(experiment)
+            clients = self.clients or _planned(experiment)
         except torch.OutOfMemoryError as error:
             raise _too_many(1) from error
         yield StackedSession(experiment, clients)
@@ -149,8 +152,34 @@ def _try_out(experiment: Experiment) -> None:
         )
 
 
+def _planned(experiment: Experiment) -> int:
+    """Return the size of the cohort, or how many clients fit; then say so: it settles dropout's draws."""
+    cohort, fit = experiment.config.cohort, clients_that_fit(experiment)
+    if fit < cohort:
+        _log.warning(
+            "engine.name=stacked trains %d of a cohort's %d clients at a time, which the free memory allows; "
+            "engine.clients=%d in the recipe keeps it so, and with it the draws of dropout",
+            fit,
+            cohort,
+            fit,
+        )
+    return min(fit, cohort)
+
+
 def clients_that_fit(experiment: Experiment) -> int:
-    """Return how many clients can be trained at a time, one at least: from a step of the longest examples."""
+    """Return how many clients can be trained at a time, one at least."""
+    needed, device = memory_of_a_client(experiment), experiment.trainer.device
+    if device.type == "cuda":
+        # What the allocator holds and nobody uses is free as well.
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free = torch.cuda.mem_get_info(device)[0] + unused
+    else:
+        free = free_memory()
+    return max(1, int(SHARE * free / needed))
+
+
+def memory_of_a_client(experiment: Experiment) -> int:
+    """Return the bytes that a client takes while it is trained, from a step of the longest examples."""
     trainer, data = experiment.trainer, experiment.train
     rows = np.argsort(-data.lengths(), kind="stable")[: trainer.config.batch_size]
     trainer.model.train()
@@ -161,20 +190,15 @@ def clients_that_fit(experiment: Experiment) -> int:
             with attention_of_all(trainer.model), torch_seeded(0):
                 lanes.step_(lanes.losses(stacked_batch(data, [rows], trainer.device), 1))
 
-        needed = _peak_on_cuda(step, trainer.device)
-        free = torch.cuda.mem_get_info(trainer.device)[0]
-        # What the allocator holds and nobody uses is free as well.
-        free += torch.cuda.memory_reserved(trainer.device) - torch.cuda.memory_allocated(trainer.device)
-    else:
-        trainer.flat.load_(experiment.params, experiment.kept.start)
-        with torch_seeded(0):
-            saved = _saved_for_backward(
-                lambda: trainer.model(**data.batch(rows, trainer.device)).loss, trainer.model
-            )
-        # A backward pass holds gradients and scratch beside what was saved for it.
-        needed = 2 * saved + 4 * COPIES * trainer.flat.master.numel()
-        free = free_memory()
-    return max(1, int(SHARE * free / needed))
+        return _peak_on_cuda(step, trainer.device)
+    trainer.flat.load_(experiment.params, experiment.kept.start)
+    with torch_seeded(0):
+        saved = _saved_for_backward(
+            lambda: trainer.model(**data.batch(rows, trainer.device)).loss, trainer.model
+        )
+    # A backward pass holds gradients and scratch beside what was saved for it. (Where nothing below the head
+    # trains, little is saved and a forward pass's scratch, a few times that, is not in this.)
+    return 2 * saved + 4 * COPIES * int(trainer.flat.master.numel())
 
 
 def _peak_on_cuda(step: Callable[[], None], device: torch.device) -> int:
