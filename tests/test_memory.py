@@ -24,7 +24,6 @@ from federa.config import parse_config, read_yaml
 import torch
 from federa.aggregators import Mean
 torch.set_num_threads(1)
-federa.tasks.classification.f1_score = lambda *args, **options: 0.0  # a thousand calls of it take their time
 for recipe in sys.argv[1:]:
     child = os.fork()
     if child == 0:

@@ -10,6 +10,7 @@ from sklearn.metrics import accuracy_score, f1_score
 from federa.data.batches import Encoded, Ragged
 from federa.data.datasets import DataConfig
 from federa.tasks import TASKS, Classification
+from federa.tasks.classification import macro_f1
 from federa.types import FederaError
 
 TASK = Classification(max_length=8)
@@ -203,3 +204,12 @@ def test_registered():
     with pytest.raises(FederaError, match=r"task\.max_length"):
         TASKS.parse({"name": "classification", "max_length": 3})
     assert getattr(transformers, Classification.auto_class)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_macro_f1_is_that_of_scikit_learn(seed):
+    """Labels that nobody has or nobody guesses among them, and single rows."""
+    rng = np.random.default_rng(seed)
+    truth, guess = rng.integers(0, 1 + seed % 7, 1 + seed), rng.integers(0, 9, 1 + seed)
+    expected = f1_score(truth, guess, average="macro", zero_division=0)
+    assert macro_f1(truth, guess) == pytest.approx(expected, abs=1e-12)

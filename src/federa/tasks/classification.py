@@ -7,7 +7,6 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
-from sklearn.metrics import f1_score
 from torch import Tensor
 
 from federa.data.batches import Encoded, Ragged
@@ -68,8 +67,18 @@ class Classification(Task):
         """Return accuracy and macro-F1 (over the labels that occur)."""
         predicted = np.stack(list(outputs)).argmax(axis=-1)
         truth = self.groups(encoded)[rows]
-        macro = f1_score(truth, predicted, average="macro", zero_division=0)
-        return {"accuracy": float(np.mean(predicted == truth)), "macro_f1": float(macro)}
+        return {"accuracy": float(np.mean(predicted == truth)), "macro_f1": macro_f1(truth, predicted)}
+
+
+def macro_f1(truth: IntArray, predicted: IntArray) -> float:
+    """Return the mean over the labels that occur in either of F1 = 2 hits / (times true + times predicted).
+
+    It is scikit-learn's, whose checks take milliseconds a call: with ten thousand clients, most of a minute.
+    """
+    size = 1 + int(max(truth.max(), predicted.max()))
+    hits = np.bincount(truth[truth == predicted], minlength=size)
+    times = np.bincount(truth, minlength=size) + np.bincount(predicted, minlength=size)
+    return float(np.mean(2 * hits[times > 0] / times[times > 0]))
 
 
 def label_ids(table: Any, data: DataConfig, labels: Sequence[str]) -> IntArray:
