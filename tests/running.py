@@ -12,15 +12,19 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from federa.cli import main
 from federa.config import RunConfig, parse_config
+from federa.engines import Engine, Session
 from federa.experiment import Experiment, build_experiment
+from federa.server import finish_round, make_jobs
 from federa.state import write_atomically
-from federa.types import Record, State
+from federa.types import Job, Record, ServerState, State
 
+Played = tuple[ServerState, list[Any], np.ndarray]  # final state, what each round said, outputs
 loop = importlib.import_module("federa.run")  # the module: the name in the package is the function's
 
 
@@ -32,6 +36,38 @@ def build(recipe: Mapping[str, Any], **changes: Any) -> Experiment:
 def configure(recipe: Mapping[str, Any], **changes: Any) -> RunConfig:
     """Return the config of a recipe with keys changed; `a__b` stands for the dotted key `a.b`."""
     return parse_config(dict(recipe)).replace(**{key.replace("__", "."): v for key, v in changes.items()})
+
+
+def jobs_of(experiment: Experiment, number: int = 1) -> list[Job]:
+    """Return the jobs of a round."""
+    return make_jobs(experiment.config, number, [len(part) for part in experiment.parts])
+
+
+def play(
+    experiment: Experiment, session: Session, rounds: int = 2, between: Callable[[], object] = lambda: None
+) -> Played:
+    """Play rounds and an evaluation; return all that must not depend on the engine."""
+    state, story = ServerState(0, experiment.params), []
+    for number in range(1, rounds + 1):
+        jobs = jobs_of(experiment, number)
+        state, summary = finish_round(experiment.config, state, jobs, session.train(state.params, jobs))
+        story.append((summary.loss, summary.examples, summary.verdicts))
+        between()
+    outputs = [np.stack(rows) for rows in session.predict(state.params, experiment.batches(np.arange(30)))]
+    return state, story, np.concatenate(outputs)
+
+
+def play_on(experiment: Experiment, engine: Engine, rounds: int = 2) -> Played:
+    """Play rounds and an evaluation on an engine that is opened for them alone."""
+    with engine.open(experiment) as session:
+        return play(experiment, session, rounds)
+
+
+def check_equal(one: Played, other: Played) -> None:
+    """Require that two plays are the same to the bit."""
+    assert same(one[0].params, other[0].params)
+    assert one[1] == other[1]
+    assert np.array_equal(one[2], other[2])
 
 
 def copy(state: State) -> dict[str, torch.Tensor]:

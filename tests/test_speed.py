@@ -15,8 +15,7 @@ import transformers
 from federa.cpu import native, speed_up
 from federa.engines import Serial
 from federa.seeds import torch_seeded
-from federa.server import make_jobs
-from running import build
+from running import build, jobs_of
 
 
 def ratio(slow: Callable[[], float], fast: Callable[[], float], repeats: int = 7) -> float:
@@ -57,7 +56,7 @@ def test_fused_kernels_make_a_step_faster() -> None:
 def test_a_round_costs_little_more_than_its_training(recipe) -> None:
     """Handing out jobs and taking updates; what the serial engine adds to its clients' own time."""
     experiment = build(recipe, cohort=6, client__epochs=4)
-    jobs = make_jobs(experiment.config, 1, [len(part) for part in experiment.parts])
+    jobs = jobs_of(experiment)
     shares = []
     with Serial(threads=1).open(experiment) as session:
         for _ in range(5):

@@ -15,9 +15,9 @@ from federa.engines import Processes, Serial, base, processes
 from federa.engines.processes import MAX_DEATHS, ProcessesSession, SharedState
 from federa.experiment import Experiment
 from federa.run import Observer
-from federa.server import OK, finish_round, make_jobs, verdict
-from federa.types import FederaError, RoundFailedError, ServerState, Update
-from running import alive, build, configure, die, forked, same, steady
+from federa.server import OK, verdict
+from federa.types import FederaError, RoundFailedError, Update
+from running import alive, build, check_equal, configure, die, forked, jobs_of, play_on, same, steady
 
 pytestmark = pytest.mark.timeout(120)  # a worker that is waited for in vain
 
@@ -31,39 +31,15 @@ def _cores(monkeypatch):
     assert multiprocessing.active_children() == [], "a worker was left behind"
 
 
-def play(experiment, engine, rounds=2):
-    """Play rounds and an evaluation; return all that must not depend on the engine."""
-    config, sizes = experiment.config, [len(part) for part in experiment.parts]
-    state, story = ServerState(0, experiment.params), []
-    with engine.open(experiment) as session:
-        for number in range(1, rounds + 1):
-            jobs = make_jobs(config, number, sizes)
-            state, summary = finish_round(config, state, jobs, session.train(state.params, jobs))
-            story.append((summary.loss, summary.examples, summary.verdicts))
-        batches = experiment.batches(np.arange(30))
-        outputs = [np.stack(rows) for rows in session.predict(state.params, batches)]
-    return state, story, np.concatenate(outputs)
-
-
-def check_equal(one, other):
-    assert same(one[0].params, other[0].params)
-    assert one[1] == other[1]
-    assert np.array_equal(one[2], other[2])
-
-
-def jobs_of(experiment, number=1):
-    return make_jobs(experiment.config, number, [len(part) for part in experiment.parts])
-
-
 @pytest.mark.parametrize(("precision", "workers"), [("fp32", (1, 3)), ("bf16", (2,))])
 @pytest.mark.parametrize("method", ["federa", "lora", "adapter", "bitfit", "ft"])
 def test_same_bits_as_serial(recipe, method, precision, workers):
     few = {"client__max_steps": 3, "evaluate_batch_size": 8}
     experiment = build(recipe, method__name=method, client__precision=precision, **few)
-    expected = play(experiment, Serial(threads=1))
+    expected = play_on(experiment, Serial(threads=1))
     assert set(expected[1][1][2].values()) == {OK}
     for number in workers:
-        check_equal(play(experiment, Processes(workers=number)), expected)
+        check_equal(play_on(experiment, Processes(workers=number)), expected)
 
 
 def test_a_whole_run_is_the_same_and_the_number_of_the_parents_threads_does_not_matter(recipe, tmp_path):
@@ -98,8 +74,8 @@ def test_a_method_of_which_nothing_travels(recipe):
     experiment = build(recipe, method={"name": "probe", "head": "local"})
     assert experiment.params == {}
     check_equal(
-        play(experiment, Processes(workers=2)),
-        play(build(recipe, method={"name": "probe", "head": "local"}), Serial()),
+        play_on(experiment, Processes(workers=2)),
+        play_on(build(recipe, method={"name": "probe", "head": "local"}), Serial()),
     )
 
 
@@ -124,7 +100,7 @@ def once(flag, action):
 )
 def test_a_worker_killed_in_the_middle_of_a_round_is_replaced(recipe, tmp_path, monkeypatch, moment):
     experiment = build(recipe, client__max_steps=3)
-    expected = play(experiment, Serial(threads=1))
+    expected = play_on(experiment, Serial(threads=1))
     victim = jobs_of(experiment, 2)[1].client_id
     kill, parent = once(tmp_path / "flag", die), os.getpid()
     train, write, answer = Experiment.train_client, SharedState.write, ProcessesSession._answer
@@ -151,7 +127,7 @@ def test_a_worker_killed_in_the_middle_of_a_round_is_replaced(recipe, tmp_path, 
     monkeypatch.setattr(Experiment, "train_client", killing_train)
     monkeypatch.setattr(SharedState, "write", killing_write)
     monkeypatch.setattr(ProcessesSession, "_answer", killing_answer)
-    check_equal(play(experiment, Processes(workers=2)), expected)
+    check_equal(play_on(experiment, Processes(workers=2)), expected)
     assert (tmp_path / "flag").exists(), "nobody was killed"
 
 
@@ -416,5 +392,5 @@ def test_a_worker_of_two_threads_after_the_parent_has_used_its_own(recipe):
     big = torch.randn(700, 700)
     (big @ big).tanh().sum()
     assert len(os.listdir("/proc/self/task")) > 1
-    expected = play(experiment, Serial(threads=2), rounds=1)
-    check_equal(play(experiment, Processes(workers=1, threads=2), rounds=1), expected)
+    expected = play_on(experiment, Serial(threads=2), rounds=1)
+    check_equal(play_on(experiment, Processes(workers=1, threads=2), rounds=1), expected)

@@ -8,7 +8,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -16,9 +15,9 @@ from federa import run
 from federa.engines import Ray, Serial
 from federa.engines import ray as engine
 from federa.experiment import build_experiment
-from federa.server import OK, finish_round, make_jobs, verdict
-from federa.types import FederaError, RoundFailedError, ServerState
-from running import alive, build, configure, same, short_reports, steady
+from federa.server import OK, verdict
+from federa.types import FederaError, RoundFailedError
+from running import alive, build, check_equal, configure, jobs_of, play, play_on, same, short_reports, steady
 from small import small_recipe
 
 needs_ray = pytest.mark.skipif(
@@ -57,34 +56,6 @@ if os.getpid() != {driver}:
     Experiment.train_client = lambda self, params, job: train_client(self, params, job, train)
     (orders / f"worker-{{os.getpid()}}").touch()
 """
-
-
-def play(experiment, session, rounds=2, between=lambda: None):
-    """Play rounds and an evaluation; return all that must not depend on the engine."""
-    config, sizes = experiment.config, [len(part) for part in experiment.parts]
-    state, story = ServerState(0, experiment.params), []
-    for number in range(1, rounds + 1):
-        jobs = make_jobs(config, number, sizes)
-        state, summary = finish_round(config, state, jobs, session.train(state.params, jobs))
-        story.append((summary.loss, summary.examples, summary.verdicts))
-        between()
-    outputs = [np.stack(rows) for rows in session.predict(state.params, experiment.batches(np.arange(30)))]
-    return state, story, np.concatenate(outputs)
-
-
-def serially(experiment, rounds=2):
-    with Serial(threads=1).open(experiment) as session:
-        return play(experiment, session, rounds)
-
-
-def check_equal(one, other):
-    assert same(one[0].params, other[0].params)
-    assert one[1] == other[1]
-    assert np.array_equal(one[2], other[2])
-
-
-def jobs_of(experiment, number=1):
-    return make_jobs(experiment.config, number, [len(part) for part in experiment.parts])
 
 
 def rays():
@@ -193,7 +164,7 @@ def test_a_node_that_is_lost_in_the_middle_of_a_round(recipe):
     from ray.cluster_utils import Cluster
 
     experiment = build(recipe, method={"name": "adapter"}, client__max_steps=3)
-    expected, before = serially(experiment), rays()
+    expected, before = play_on(experiment, Serial(threads=1)), rays()
     soon = {
         "health_check_initial_delay_ms": 0,
         "health_check_period_ms": 500,
@@ -263,12 +234,12 @@ def workers(orders):
 @pytest.mark.timeout(300)
 class TestWorkers:
     def test_same_bits_as_serial(self, experiment, session):
-        expected = serially(experiment)
+        expected = play_on(experiment, Serial(threads=1))
         assert set(expected[1][1][2].values()) == {OK}
         check_equal(play(experiment, session), expected)
 
     def test_killed_while_idle_and_in_the_middle_of_a_round(self, experiment, session, orders):
-        expected = serially(experiment)
+        expected = play_on(experiment, Serial(threads=1))
         first = workers(orders)
         assert len(first) == 2
 

@@ -10,14 +10,13 @@ from federa.config import RunConfig
 from federa.engines import ENGINES, Serial, base
 from federa.engines.base import available_cores, keep_freed_memory, share_cores
 from federa.engines.serial import SerialSession
-from federa.server import make_jobs
 from federa.types import FederaError, RoundFailedError
-from running import build, configure, same, steady
+from running import build, configure, jobs_of, same, steady
 
 
 def test_one_update_a_job_in_the_order_of_the_jobs(recipe):
     experiment = build(recipe)
-    jobs = make_jobs(experiment.config, 1, [len(part) for part in experiment.parts])
+    jobs = jobs_of(experiment)
     with Serial(threads=1).open(experiment) as session:
         forth = list(session.train(experiment.params, jobs))
         back = list(session.train(experiment.params, jobs[::-1]))
@@ -37,7 +36,7 @@ def test_clients_run_only_when_their_update_is_asked_for(recipe, monkeypatch):
         "train_client",
         lambda self, params, job: (ran.append(job.client_id), original(self, params, job))[1],
     )
-    jobs = make_jobs(experiment.config, 1, [len(part) for part in experiment.parts])
+    jobs = jobs_of(experiment)
     with Serial(threads=1).open(experiment) as session:
         updates = session.train(experiment.params, jobs)
         assert ran == []
@@ -47,7 +46,7 @@ def test_clients_run_only_when_their_update_is_asked_for(recipe, monkeypatch):
 
 def test_a_client_that_fails_is_named_with_its_round(recipe):
     experiment = build(recipe)
-    jobs = make_jobs(experiment.config, 3, [len(part) for part in experiment.parts])
+    jobs = jobs_of(experiment, 3)
     broken = {**experiment.params, "classifier.weight": torch.zeros(2, 2)}
     with Serial(threads=1).open(experiment) as session, pytest.raises(RoundFailedError) as raised:
         next(session.train(broken, jobs))

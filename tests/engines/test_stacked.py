@@ -19,10 +19,10 @@ from federa.methods import METHODS
 from federa.methods.lora import _LowRankLinear
 from federa.registry import load_plugins
 from federa.seeds import torch_seeded
-from federa.server import OK, finish_round, make_jobs
+from federa.server import OK, finish_round
 from federa.state import load_state
 from federa.types import FederaError, Job, RoundFailedError, ServerState
-from running import build, configure, furthest, same, steady
+from running import build, configure, furthest, jobs_of, same, steady
 
 METHOD_CASES = {
     "federa": {"name": "federa", "rank": 4},
@@ -47,10 +47,6 @@ def prepare(recipe, parts=None, **changes):
     ends = np.cumsum(parts)
     rows = np.random.default_rng(0).permutation(240)
     return dataclasses.replace(experiment, parts=[np.sort(rows[e - n : e]) for n, e in zip(parts, ends)])
-
-
-def jobs_of(experiment, number=1):
-    return make_jobs(experiment.config, number, [len(part) for part in experiment.parts])
 
 
 def train(experiment, jobs=None, engine=None, params=None):
