@@ -205,22 +205,27 @@ METHODS = {
 
 
 def flops(method, rows, tokens):
-    """Of a step of small BERT: two for every weight that a token (or an example, at the head) meets."""
-    n, weights = rows * tokens, 4 * HIDDEN**2 + 2 * HIDDEN * WIDE
-    attention = 2 * 2 * rows * tokens**2 * HIDDEN  # scores, and the mean of values
+    """Of a step of small BERT: two for every weight that a token (or an example, at the head) meets.
+
+    Of the last layer, keys and values alone are of all tokens: the head reads what it says of the first.
+    """
+    n, mlp = rows * tokens, 2 * HIDDEN * WIDE
+    linear = 2 * n * (4 * HIDDEN**2 + mlp) * (LAYERS - 1)
+    linear += 2 * n * 2 * HIDDEN**2 + 2 * rows * (2 * HIDDEN**2 + mlp)
+    attention = 2 * 2 * n * HIDDEN * (tokens * (LAYERS - 1) + 1)  # scores, and the mean of values
     head = 2 * rows * HIDDEN * (HIDDEN + LABELS)
-    forward = LAYERS * (2 * n * weights + attention) + head
+    forward = linear + attention + head
     if method == "probe":  # the gradient ends at the head
         return forward + head
-    backward = LAYERS * (2 * n * weights + 2 * attention) + 2 * head
+    backward = linear + 2 * attention + 2 * head
     if method == "ft":
-        return forward + backward + LAYERS * 2 * n * weights
+        return forward + backward + linear
     # No gradient reaches the embeddings, so none is passed on by the first layer's query, key and value.
     backward -= 2 * n * 3 * HIDDEN**2
-    factor = (
-        2 * n * HIDDEN * RANK
-    )  # query's and value's: two products forward; B's, A's and two on the way back
-    return forward + backward + 2 * (LAYERS * 6 * factor - factor)
+    all_tokens, first = 2 * n * HIDDEN * RANK, 2 * rows * HIDDEN * RANK
+    # Query's and value's factors: two products forward; B's, A's and two on the way back.
+    factors = 6 * (2 * (LAYERS - 1) * all_tokens + first + all_tokens)
+    return forward + backward + factors - 2 * all_tokens
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -17,6 +17,7 @@ import numpy as np
 from federa.client import Trainer, measured_precision
 from federa.config import RunConfig
 from federa.cpu import speed_up
+from federa.cpu.frozen import pack_all
 from federa.data.batches import Encoded, Ragged, evaluation_batches
 from federa.data.datasets import read_splits
 from federa.data.partition import group_counts, partition_examples
@@ -255,10 +256,12 @@ def build_experiment(
     model = loaded.model.to(device)
     if device.type == "cpu":
         speed_up(model)
+    trainer = Trainer(model, loaded.head, local, config.task, config.client)
+    pack_all(model)
     names = config.task.group_names(labels)
     return Experiment(
         config=config,
-        trainer=Trainer(model, loaded.head, local, config.task, config.client),
+        trainer=trainer,
         train=train,
         evaluation=evaluation,
         parts=parts,

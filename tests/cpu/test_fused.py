@@ -66,7 +66,10 @@ def test_gelu(library: CDLL, dtype: torch.dtype, width: int, with_bias: bool, th
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gelu_of_extreme_numbers(library: CDLL, dtype: torch.dtype) -> None:
-    """As the formula has it: of minus infinity, which is infinity times zero, it is not a number."""
+    """As the formula has it: of minus infinity, which is infinity times zero, it is not a number.
+
+    Nor is the slope there, nor at plus infinity; the polynomials of bfloat16 give its limits.
+    """
     numbers = [0.0, -0.0, 30.0, -30.0, 1e30, -1e30, float("inf"), float("-inf"), float("nan")]
     x = torch.tensor(numbers, dtype=dtype, requires_grad=True)
     y = fused.Gelu.apply(library, x[None], None)[0]
@@ -75,7 +78,23 @@ def test_gelu_of_extreme_numbers(library: CDLL, dtype: torch.dtype) -> None:
     cdf = (1 + torch.erf(x2 * 0.5**0.5)) / 2
     density = torch.exp(-x2.square() / 2) / (2 * torch.pi) ** 0.5
     assert y.tolist() == pytest.approx((x2 * cdf).tolist(), rel=1e-2, nan_ok=True)
-    assert x.grad.tolist() == pytest.approx((cdf + x2 * density).tolist(), rel=1e-2, nan_ok=True)
+    slope = cdf + x2 * density
+    if dtype == torch.bfloat16:
+        slope = torch.where(x2.isinf(), cdf, slope)
+    assert x.grad.tolist() == pytest.approx(slope.tolist(), rel=1e-2, nan_ok=True)
+
+
+def test_gelu_of_every_bfloat16(library: CDLL) -> None:
+    x = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    x = x[x.isfinite()].clone().requires_grad_()
+    y = fused.Gelu.apply(library, x[None], None)[0]
+    y.sum().backward()
+    (x2,) = doubled(x)
+    truth = F.gelu(x2)
+    truth.sum().backward()
+    for ours, theirs in ((y, truth), (x.grad, x2.grad)):
+        error = (ours.double() - theirs).abs()
+        assert (error < 6e-4 + 2**-8 * theirs.abs()).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -17,7 +17,9 @@ from torch.nn import functional as F
 from transformers.activations import GELUActivation
 from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function, eager_mask
 
-from federa.cpu import fused, native, plain
+from federa.cpu import frozen, fused, native, plain
+from federa.cpu.ends import FusedIntermediate, FusedOutput
+from federa.cpu.first_token import read_first_token_only
 
 ATTENTION = "federa_cpu"
 
@@ -35,45 +37,6 @@ class FastDropout(nn.Dropout):  # type: ignore[misc, unused-ignore]
         return cast("Tensor", plain.PlainDropout.apply(x, self.p))
 
 
-def without_bias(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return a linear map's output and the bias that is still to be added to it, if it is a plain one.
-
-    Adding a bias in the pass that reads the output anyway saves a pass over it.
-    """
-    if type(layer) is nn.Linear:
-        return F.linear(x, layer.weight), layer.bias
-    return layer(x), None
-
-
-class FusedOutput(nn.Module):  # type: ignore[misc, unused-ignore]
-    """The end of a sub-layer: LayerNorm(dropout(dense(x)) + residual), in one pass after the product."""
-
-    def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
-        """Return the sub-layer's output, `(..., width)` like the residual `input_tensor`."""
-        h, bias = without_bias(self.dense, hidden_states)
-        norm, library = self.LayerNorm, native.load()
-        rate = self.dropout.p if self.training else 0.0
-        known = [t for t in (h, bias, input_tensor, norm.weight, norm.bias) if t is not None]
-        scaled = norm.weight is not None and norm.bias is not None
-        if library is None or not scaled or h.shape != input_tensor.shape or not fused.takes(*known):
-            h = h if bias is None else h + bias
-            return cast("Tensor", norm(self.dropout(h) + input_tensor))
-        out = fused.Norm.apply(library, h, bias, input_tensor, norm.weight, norm.bias, norm.eps, rate)
-        return cast("Tensor", out)
-
-
-class FusedIntermediate(nn.Module):  # type: ignore[misc, unused-ignore]
-    """The widening half of a feed-forward layer: GELU(dense(x)), in one pass after the product."""
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """Return `(..., intermediate width)` of `(..., width)`."""
-        h, bias = without_bias(self.dense, hidden_states)
-        library = native.load()
-        if library is None or not fused.takes(*[t for t in (h, bias) if t is not None]):
-            return cast("Tensor", self.intermediate_act_fn(h if bias is None else h + bias))
-        return cast("Tensor", fused.Gelu.apply(library, h, bias))
-
-
 def cpu_attention(  # noqa: PLR0917
     module: nn.Module,
     query: Tensor,
@@ -88,10 +51,10 @@ def cpu_attention(  # noqa: PLR0917
 
     Args:
         module: the calling layer.
-        query: `(batch, heads, length, width)`; key and value likewise.
+        query: `(batch, heads, length, width)`; key and value likewise, they may be longer.
         key: see query.
         value: see query.
-        attention_mask: additive, something that broadcasts to `(batch, heads, length, length)`, or None.
+        attention_mask: additive, something that broadcasts to `(batch, heads, length, keys)`, or None.
         scaling: of the scores; None for `width ** -0.5`.
         dropout: the rate for the attention weights.
 
@@ -109,7 +72,7 @@ def cpu_attention(  # noqa: PLR0917
             else attention_mask.float().expand(batch, 1, 1, length).contiguous()
         )
         return cast("Tensor", fused.Attention.apply(library, query, key, value, mask, scale, rate)), None
-    flat = (batch * heads, length, width)
+    flat = (batch * heads, -1, width)
     out = plain.PlainAttention.apply(
         (query * scale).reshape(flat), key.reshape(flat), value.reshape(flat), attention_mask, rate
     )
@@ -174,10 +137,14 @@ def speed_up(model: Any) -> None:
             _replace(module, FusedOutput, inputs=2)
         elif parts == {"dense", "intermediate_act_fn"} and _is_exact_gelu(module.intermediate_act_fn):
             _replace(module, FusedIntermediate, inputs=1)
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = frozen.FrozenLinear
     if getattr(model, "_supports_attention_backend", False):
         transformers.AttentionInterface.register(ATTENTION, cpu_attention)
         AttentionMaskInterface.register(ATTENTION, key_mask)
         model.set_attn_implementation(ATTENTION)
+    read_first_token_only(model)
 
 
 def _is_fast_end(module: nn.Module) -> bool:

@@ -6,6 +6,7 @@ number of threads. Dropout masks are functions of one number drawn from torch's 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from ctypes import CDLL
 from typing import Any
 
@@ -24,11 +25,13 @@ def takes(*tensors: Tensor) -> bool:
     return first in _NAMES and all(t.dtype == first and t.device.type == "cpu" for t in tensors)
 
 
-def _at(tensor: Tensor | None) -> int | None:
+def at(tensor: Tensor | None) -> int | None:
+    """Return where a tensor's numbers lie."""
     return None if tensor is None else tensor.data_ptr()
 
 
-def _seed(rate: float) -> int:
+def seed_of(rate: float) -> int:
+    """Return the number that dropout's mask is a function of, drawn from torch's generator."""
     return int(torch.randint(2**62, ()).item()) if rate > 0 else 0
 
 
@@ -37,7 +40,7 @@ class Dropout(Stackable):
 
     @staticmethod
     def forward(ctx: Any, library: CDLL, x: Tensor, rate: float) -> Tensor:  # noqa: D102
-        ctx.library, ctx.rate, ctx.seed = library, rate, _seed(rate)
+        ctx.library, ctx.rate, ctx.seed = library, rate, seed_of(rate)
         return _dropout(library, x, rate, ctx.seed)
 
     @staticmethod
@@ -56,7 +59,7 @@ def _dropout(library: CDLL, x: Tensor, rate: float, seed: int) -> Tensor:
     x = x.contiguous()
     y = torch.empty_like(x)
     function = getattr(library, f"dropout_{_NAMES[x.dtype]}")
-    function(_at(x), _at(y), x.numel(), rate, seed, torch.get_num_threads())
+    function(at(x), at(y), x.numel(), rate, seed, torch.get_num_threads())
     return y
 
 
@@ -71,7 +74,7 @@ class Gelu(Stackable):
         slope = torch.empty_like(h) if wanted else None
         rows, cols = h.numel() // h.shape[-1], h.shape[-1]
         function = getattr(library, f"gelu_{_NAMES[h.dtype]}")
-        function(_at(h), _at(bias), _at(y), _at(slope), rows, cols, torch.get_num_threads())
+        function(at(h), at(bias), at(y), at(slope), rows, cols, torch.get_num_threads())
         ctx.save_for_backward(slope)
         return y
 
@@ -113,9 +116,9 @@ class Norm(Stackable):
         wanted = any(ctx.needs_input_grad)
         normed = torch.empty_like(h) if wanted else None
         rstd = torch.empty(rows) if wanted else None
-        ctx.library, ctx.rate, ctx.seed = library, rate, _seed(rate)
+        ctx.library, ctx.rate, ctx.seed = library, rate, seed_of(rate)
         getattr(library, f"norm_{_NAMES[h.dtype]}")(
-            *map(_at, (h, bias, residual, weight, beta, y, normed, rstd)),
+            *map(at, (h, bias, residual, weight, beta, y, normed, rstd)),
             rows,
             cols,
             eps,
@@ -129,28 +132,7 @@ class Norm(Stackable):
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
-        normed, rstd, weight = ctx.saved_tensors
-        grad = grads[0].contiguous()
-        rows, cols = grad.numel() // grad.shape[-1], grad.shape[-1]
-        d_residual = torch.empty_like(grad)
-        d_h = torch.empty_like(grad) if ctx.rate > 0 else None
-        getattr(ctx.library, f"norm_backward_{_NAMES[grad.dtype]}")(
-            *map(_at, (grad, normed, rstd, weight, d_residual, d_h)),
-            rows,
-            cols,
-            ctx.rate,
-            ctx.seed,
-            torch.get_num_threads(),
-        )
-        d_h = d_residual if d_h is None else d_h
-        needs = ctx.needs_input_grad
-        flat = grad.view(rows, cols)
-        d_bias = d_h.view(rows, cols).sum(0) if needs[2] else None
-        d_weight = (
-            (flat.float() * normed.view(rows, cols).float()).sum(0).to(weight.dtype) if needs[4] else None
-        )
-        d_beta = flat.sum(0) if needs[5] else None
-        return None, d_h, d_bias, d_residual, d_weight, d_beta, None, None
+        return None, *norm_backward(ctx, grads[0], ctx.needs_input_grad[1:]), None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:  # noqa: D102
@@ -159,6 +141,29 @@ class Norm(Stackable):
             return Norm.one_by_one(info.batch_size, in_dims, args)
         h, residual = h.movedim(in_dims[1], 0), residual.movedim(in_dims[3], 0)
         return Norm.apply(library, h, bias, residual, *rest), 0
+
+
+def norm_backward(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """Return the gradients of (h, bias, residual, weight, beta), the last four where they are needed."""
+    normed, rstd, weight = ctx.saved_tensors
+    grad = grad.contiguous()
+    rows, cols = grad.numel() // grad.shape[-1], grad.shape[-1]
+    d_residual = torch.empty_like(grad)
+    d_h = torch.empty_like(grad) if ctx.rate > 0 else None
+    getattr(ctx.library, f"norm_backward_{_NAMES[grad.dtype]}")(
+        *map(at, (grad, normed, rstd, weight, d_residual, d_h)),
+        rows,
+        cols,
+        ctx.rate,
+        ctx.seed,
+        torch.get_num_threads(),
+    )
+    d_h = d_residual if d_h is None else d_h
+    flat = grad.view(rows, cols)
+    d_bias = d_h.view(rows, cols).sum(0) if needs[1] else None
+    d_weight = (flat.float() * normed.view(rows, cols).float()).sum(0).to(weight.dtype) if needs[3] else None
+    d_beta = flat.sum(0) if needs[4] else None
+    return d_h, d_bias, d_residual, d_weight, d_beta
 
 
 class Attention(torch.autograd.Function):  # type: ignore[misc, unused-ignore]
@@ -185,8 +190,8 @@ class Attention(torch.autograd.Function):  # type: ignore[misc, unused-ignore]
         out = torch.empty(batch, length, heads, width, dtype=q.dtype)
         lse = torch.empty(batch, heads, length) if any(ctx.needs_input_grad) else None
         strides = torch.tensor([step for t in (q, k, v) for step in t.stride()[:3]])
-        seed = _seed(rate)
-        tensors = map(_at, (q, k, v, strides, mask, out, lse))
+        seed = seed_of(rate)
+        tensors = map(at, (q, k, v, strides, mask, out, lse))
         ctx.numbers = (batch, heads, length, width, scale, rate, seed)
         library.attention(*tensors, *ctx.numbers, torch.get_num_threads())
         ctx.library = library
@@ -199,6 +204,6 @@ class Attention(torch.autograd.Function):  # type: ignore[misc, unused-ignore]
         q, k, v, strides, mask, out, lse = ctx.saved_tensors
         grad = grads[0].contiguous()
         d_q, d_k, d_v = (torch.empty_like(out) for _ in range(3))
-        tensors = map(_at, (q, k, v, strides, mask, out, lse, grad, d_q, d_k, d_v))
+        tensors = map(at, (q, k, v, strides, mask, out, lse, grad, d_q, d_k, d_v))
         ctx.library.attention_backward(*tensors, *ctx.numbers, torch.get_num_threads())
         return None, d_q.transpose(1, 2), d_k.transpose(1, 2), d_v.transpose(1, 2), None, None, None

@@ -90,14 +90,14 @@ inline float max_of(Floats x) {
 #endif
 }
 
-// exp to 4e-7 relative: Taylor to degree 6 on [-ln2 / 2, ln2 / 2]. Below -80 it is zero, not a number so small
-// that the processor slows down on it. x <= 88; NaN stays NaN.
-inline Floats exponential(Floats x) {
+// exp to 4e-7 relative: Taylor to degree 6 on [-ln2 / 2, ln2 / 2]; where bf16 is enough, to 5e-5 by degree 4. Below
+// -80 it is zero, not a number so small that the processor slows down on it. x <= 88; NaN stays NaN.
+template <int degree = 6> inline Floats exponential(Floats x) {
     const float round = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
     Floats shifted = x * 1.44269504f + round, n = shifted - round;
     Floats r = x - n * 0.69314718f;
-    Floats p = r * (1.0f / 720) + 1.0f / 120;
-    p = p * r + 1.0f / 24;
+    Floats p = Floats{} + 1.0f / 24;
+    if (degree == 6) p = (r * (1.0f / 720) + 1.0f / 120) * r + p;
     p = p * r + 1.0f / 6;
     p = p * r + 0.5f;
     p = p * r + 1.0f;
@@ -118,7 +118,8 @@ struct Dropout {
     // lowbias32 (Wellons, hash-prospector), keyed before each of its two multiplications.
     inline Floats operator()(Floats value, uint32_t first, uint32_t step = 1) const {
         const Words lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-        Words x = (lane * step + first) * 0x9e3779b1u + low;
+        const uint32_t golden = 0x9e3779b1u;
+        Words x = lane * (step * golden) + (first * golden + low);  // the first product is the same for all elements
         x ^= x >> 16;
         x *= 0x7feb352du;
         x ^= (x >> 15) + high;
@@ -158,64 +159,48 @@ void gelu_row(const float *h, const float *bias, float *y, float *slope, int64_t
     });
 }
 
-// A bf16 has 65,536 values: look y and its slope up. Those that occur fit into the nearest cache.
-struct GeluTable {
-    uint32_t entry[1 << 16];  // y in the low half, the slope in the high one
-    GeluTable() {
-        for (uint32_t bits = 0; bits < 1 << 16; bits++) {
-            uint32_t wide = bits << 16;
-            float x;
-            std::memcpy(&x, &wide, 4);
-            double cdf = 0.5 * std::erfc(-double(x) * 0.70710678118654752);
-            double slope = cdf + x * std::exp(-0.5 * double(x) * x) * 0.39894228040143268;
-            entry[bits] = half(float(x * cdf)) | half(float(slope)) << 16;
-        }
-    }
-    static uint32_t half(float x) {
-        Floats wide = Floats{} + x;
-        bf16 out[LANES];
-        store(out, wide);
-        return out[0].bits;
-    }
-};
-const GeluTable &gelu_table() {
-    static const GeluTable table;
-    return table;
+// For bf16 the same by odd polynomials of x, plus a half: both are so between -4 and 4, and 0 or 1 beyond to 5e-4.
+// Fitted for the least largest error: 2e-5 of Phi, 6e-5 of the slope, where bf16 keeps 4e-3.
+constexpr float PHI[] = {3.988475018e-01f, -6.617535941e-02f, 9.664860115e-03f, -1.048200022e-03f, 8.066670012e-05f, -4.100807570e-06f, 1.217085777e-07f, -1.580742838e-09f};
+constexpr float SLOPE[] = {7.976095349e-01f, -2.648264856e-01f, 5.845605641e-02f, -8.716302267e-03f, 9.073226465e-04f, -6.495708651e-05f, 3.028313474e-06f, -8.218674780e-08f, 9.795861385e-10f};
+
+template <int64_t terms> inline Floats half_plus_odd(const float (&c)[terms], Floats x, Floats square) {
+    Floats sum = Floats{} + c[terms - 1];
+    for (int64_t i = terms - 2; i >= 0; i--) sum = sum * square + c[i];
+    sum = sum * x + 0.5f;
+    return x < -4.0f ? Floats{} : x > 4.0f ? Floats{} + 1.0f : sum;
 }
 
-template <bool with_bias, bool with_slope>
-void gelu_row(const bf16 *h, const bf16 *bias, bf16 *y, bf16 *slope, int64_t cols) {
-    const uint32_t *entry = gelu_table().entry;
+template <bool with_bias, bool with_slope, class H>  // H: of the product before it, float32 if it comes from tiles
+void gelu_row(const H *h, const bf16 *bias, bf16 *y, bf16 *slope, int64_t cols) {
     sweep(cols, [=](int64_t i, auto count) {
-        Halves bits = {};
-        if (with_bias) store(reinterpret_cast<bf16 *>(&bits), load(h + i, count) + load(bias + i, count));
-        else std::memcpy(&bits, h + i, count * 2);
-#ifdef __AVX512F__
-        Words found = (Words)_mm512_i32gather_epi32(_mm512_cvtepu16_epi32((__m256i)bits), entry, 4);
-#else
-        Words found;
-        for (int64_t lane = 0; lane < LANES; lane++) found[lane] = entry[bits[lane]];
-#endif
-        Halves low = __builtin_convertvector(found, Halves), high = __builtin_convertvector(found >> 16, Halves);
-        std::memcpy(y + i, &low, count * 2);
-        if (with_slope) std::memcpy(slope + i, &high, count * 2);
+        Floats x = load(h + i, count);
+        if (with_bias) x += load(bias + i, count);
+        Floats square = x * x;
+        store(y + i, x * half_plus_odd(PHI, x, square), count);
+        if (with_slope) store(slope + i, half_plus_odd(SLOPE, x, square), count);
     });
+}
+
+// `bias` and `slope` may be null.
+template <class H, class T> void any_gelu_row(const H *h, const T *bias, T *y, T *slope, int64_t cols) {
+    if (bias && slope) gelu_row<true, true>(h, bias, y, slope, cols);
+    else if (bias) gelu_row<true, false>(h, bias, y, slope, cols);
+    else if (slope) gelu_row<false, true>(h, bias, y, slope, cols);
+    else gelu_row<false, false>(h, bias, y, slope, cols);
 }
 
 template <class T> void gelu(const T *h, const T *bias, T *y, T *slope, int64_t rows, int64_t cols, int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t row = 0; row < rows; row++) {
         int64_t at = row * cols;
-        if (bias && slope) gelu_row<true, true>(h + at, bias, y + at, slope + at, cols);
-        else if (bias) gelu_row<true, false>(h + at, bias, y + at, slope, cols);
-        else if (slope) gelu_row<false, true>(h + at, bias, y + at, slope + at, cols);
-        else gelu_row<false, false>(h + at, bias, y + at, slope, cols);
+        any_gelu_row(h + at, bias, y + at, slope ? slope + at : nullptr, cols);
     }
 }
 
 // One row of LN(dropout(h + bias) + residual) * weight + beta; v is scratch. Returns 1 / sigma.
-template <class T>
-float norm_row(const T *h, const T *bias, const T *residual, const T *weight, const T *beta, T *y, T *normed, float *v,
+template <class H, class T>
+float norm_row(const H *h, const T *bias, const T *residual, const T *weight, const T *beta, T *y, T *normed, float *v,
                int64_t cols, float eps, bool drops, Dropout drop, uint32_t first) {
     Floats sum = {}, square = {};
     sweep(cols, [&](int64_t i, auto count) {
@@ -321,10 +306,17 @@ struct TileConfig {
     uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
     uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
+// In static memory: the compiler thinks that the instruction reads its first bytes only, and may leave the rest of a
+// local one unwritten.
+const TileConfig tile_config;
+
+// What is stored before is there for tiles to load: the compiler does not know that they read memory.
+inline void settle() { __asm__ volatile("" ::: "memory"); }
 
 // C (m x n float32, row length n) = A (m x k bf16, rows) * B (k x n bf16, packed); m, n, k multiples of 32.
 void multiply(const bf16 *A, const bf16 *B, float *C, int64_t m, int64_t n, int64_t k) {
     int64_t depth = k / 32;
+    settle();
     for (int64_t i = 0; i < m; i += 32) {
         for (int64_t j = 0; j < n; j += 32) {
             _tile_zero(0);
@@ -456,12 +448,12 @@ void prefetch(const bf16 *rows, int64_t stride, int64_t length, int64_t heads, i
     }
 }
 
-struct Arena {  // scratch of one thread, zeroed once: padding stays zero because nobody writes it
+struct Arena {  // scratch of one thread; if it is zeroed once, padding stays zero because nobody writes it
     char *memory, *next;
-    explicit Arena(int64_t bytes) {
+    explicit Arena(int64_t bytes, bool zeroed = true) {
         bytes = (bytes + 4095) / 4096 * 4096;
         memory = next = static_cast<char *>(std::aligned_alloc(4096, bytes));
-        std::memset(memory, 0, bytes);
+        if (zeroed) std::memset(memory, 0, bytes);
     }
     ~Arena() { std::free(memory); }
     template <class T> T *take(int64_t count) {
@@ -491,7 +483,7 @@ float softmax_row(float *scores, const float *mask, bf16 *weights, int64_t L, fl
     }
     float top = max_of(tops);
     for (int64_t c = 0; c < L; c += LANES) {
-        Floats x = exponential(load(scores + c) - top);
+        Floats x = exponential<4>(load(scores + c) - top);
         store(scores + c, x);
         sums += x;
     }
@@ -509,7 +501,7 @@ void softmax_backward_row(const float *scores, const float *d_weights, const flo
                           uint32_t first, uint32_t step) {
     for (int64_t c = 0; c < L; c += LANES) {
         Floats x = load(scores + c) * scale + shift - load(lse + c), d = load(d_weights + c);
-        Floats weight = exponential(x);
+        Floats weight = exponential<4>(x);
         if (drops) d = drop(d, first + uint32_t(c) * step, step);
         store(d_scores + c, weight * (d - load(delta + c)) * scale);
         store(weights + c, drops ? drop(weight, first + uint32_t(c) * step, step) : weight);
@@ -538,8 +530,7 @@ void attend(Shape s, const bf16 *q, Strides qs, const bf16 *k, Strides ks, const
     Dropout drop(seed, rate);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        TileConfig config;
-        _tile_loadconfig(&config);
+        _tile_loadconfig(&tile_config);
         Arena arena(2 * (5 * L * D + 32 * L) + 4 * (32 * L + L + 32 * D) + 8192);
         bf16 *Q = arena.take<bf16>(L * D), *K = arena.take<bf16>(L * D), *V = arena.take<bf16>(L * D);
         bf16 *Kt = arena.take<bf16>(L * D), *Vp = arena.take<bf16>(L * D), *P = arena.take<bf16>(32 * L);
@@ -590,8 +581,7 @@ void attend_backward(Shape s, const bf16 *q, Strides qs, const bf16 *k, Strides 
     Dropout drop(seed, rate);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        TileConfig config;
-        _tile_loadconfig(&config);
+        _tile_loadconfig(&tile_config);
         Arena arena(2 * (11 * L * D + 64 * L + L * L) + 4 * (64 * L + 2 * L + 64 * D + L * D) + 16384);
         bf16 *Q = arena.take<bf16>(L * D), *K = arena.take<bf16>(L * D), *V = arena.take<bf16>(L * D);
         bf16 *G = arena.take<bf16>(L * D), *Qt = arena.take<bf16>(L * D), *Gt = arena.take<bf16>(L * D);
@@ -669,6 +659,134 @@ void attend_backward(Shape s, const bf16 *q, Strides qs, const bf16 *k, Strides 
     }
 }
 
+// ---- products with a frozen matrix that was packed once, 32 rows of x at a time ----
+
+constexpr int64_t DEPTH = 12;  // tiles of depth at a time: 32 rows of x and 32 columns of W fill the nearest cache
+
+// Rows of X, `count` of at most 32 and each k long, as tiles: `depth` of the first 16 rows, then of the others.
+// With `times` every number is multiplied with its own there.
+void pack_block(const bf16 *X, const bf16 *times, int64_t count, int64_t k, bf16 *to) {
+    const int64_t depth = k / 32;
+    for (int64_t r = 0; r < 32; r++) {
+        bf16 *row = to + r / 16 * depth * TILE + r % 16 * 32;
+        for (int64_t p = 0; p < depth; p++) {
+            const int64_t at = r * k + p * 32;
+            if (r >= count) std::memset(row + p * TILE, 0, 64);
+            else if (!times) std::memcpy(row + p * TILE, X + at, 64);
+            else {
+                for (int64_t half = 0; half < 32; half += LANES) {
+                    store(row + p * TILE + half, load(X + at + half) * load(times + at + half));
+                }
+            }
+        }
+    }
+}
+
+// Add 32 rows times 32 columns to tiles 0 to 3, `count` tiles of depth; the second tile of each lies a, b further.
+inline void accumulate(const bf16 *x, int64_t a, const bf16 *packed, int64_t b, int64_t count) {
+    for (int64_t p = 0; p < count; p++, x += TILE, packed += TILE) {
+        _tile_loadd(4, x, 64);
+        _tile_loadd(6, packed, 64);
+        _tile_loadd(7, packed + b, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(5, x + a, 64);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+}
+
+// C (32 x n float32) = the packed block x (32 x k) * packed W (k x n) + the packed block low (32 x rank) * second.
+void multiply_block(const bf16 *x, const bf16 *W, float *C, int64_t n, int64_t k, const bf16 *low, const bf16 *second,
+                    int64_t rank) {
+    const int64_t depth = k / 32 * TILE, ranks = rank / 32 * TILE, step = DEPTH * TILE;
+    settle();
+    for (int64_t p = 0; p < depth; p += step) {
+        const bool last = p + step >= depth;
+        for (int64_t j = 0; j < n; j += 32) {
+            float *c = C + j;
+            if (p == 0) {
+                _tile_zero(0);
+                _tile_zero(1);
+                _tile_zero(2);
+                _tile_zero(3);
+            } else {
+                _tile_loadd(0, c, n * 4);
+                _tile_loadd(1, c + 16, n * 4);
+                _tile_loadd(2, c + 16 * n, n * 4);
+                _tile_loadd(3, c + 16 * n + 16, n * 4);
+            }
+            accumulate(x + p, depth, W + j / 16 * depth + p, depth, std::min(step, depth - p) / TILE);
+            if (last && rank) accumulate(low, ranks, second + j / 16 * ranks, ranks, rank / 32);
+            _tile_stored(0, c, n * 4);
+            _tile_stored(1, c + 16, n * 4);
+            _tile_stored(2, c + 16 * n, n * 4);
+            _tile_stored(3, c + 16 * n + 16, n * 4);
+        }
+    }
+}
+
+struct Rows {
+    const bf16 *x, *times;  // times may be null, see pack_block
+    int64_t rows, k;
+};
+
+// (scale * x * first) * second is added to the product. `first` is (k x rank) and `second` (rank x n), or, if they
+// are `transposed`, (rank x k) and (n x rank). low = scale * x * first, rows x rank.
+struct Factors {
+    const bf16 *first, *second;
+    bool transposed;
+    int64_t rank;
+    float scale;
+    bf16 *low;
+};
+
+// One factor, rows x cols, padded to multiples of 32 and packed.
+void pack_factor(const bf16 *X, bf16 *to, int64_t rows, int64_t cols, bool transposed) {
+    const int64_t R = padded(rows), C = padded(cols);
+    Arena arena(2 * R * C + 1024);
+    bf16 *copy = arena.take<bf16>(R * C);
+    gather(X, cols, copy, rows, cols, C);
+    if (transposed) pack_columns(copy, to, R, C);
+    else pack_rows(copy, to, R, C);
+}
+
+// Call finish(row, c, scratch) with each row of x * W as n float32 numbers, and scratch as long.
+template <class Finish>
+void product(Rows x, const bf16 *W, int64_t n, const Factors *low, int threads, Finish finish) {
+    const int64_t k = x.k, R = low ? padded(low->rank) : 0;
+    Arena shared(2 * R * (k + n) + 4096);
+    bf16 *first = shared.take<bf16>(R * k), *second = shared.take<bf16>(R * n);
+    if (low) {
+        const int64_t r = low->rank;
+        pack_factor(low->first, first, low->transposed ? r : k, low->transposed ? k : r, low->transposed);
+        pack_factor(low->second, second, low->transposed ? n : r, low->transposed ? r : n, low->transposed);
+    }
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        _tile_loadconfig(&tile_config);
+        Arena arena(32 * (2 * (k + 2 * R) + 4 * (n + R)) + 4 * n + 8192, false);
+        bf16 *block = arena.take<bf16>(32 * k), *narrow = arena.take<bf16>(32 * R), *slim = arena.take<bf16>(32 * R);
+        float *C = arena.take<float>(32 * n), *wide = arena.take<float>(32 * R), *scratch = arena.take<float>(n);
+#pragma omp for
+        for (int64_t i = 0; i < x.rows; i += 32) {
+            const int64_t count = std::min<int64_t>(32, x.rows - i), at = i * k;
+            pack_block(x.x + at, x.times ? x.times + at : nullptr, count, k, block);
+            if (low) {
+                multiply_block(block, first, wide, R, k, nullptr, nullptr, 0);
+                for (int64_t c = 0; c < 32 * R; c += LANES) store(slim + c, load(wide + c) * low->scale);
+                for (int64_t r = 0; r < count; r++) {
+                    std::memcpy(low->low + (i + r) * low->rank, slim + r * R, low->rank * 2);
+                }
+                pack_block(slim, nullptr, 32, R, narrow);
+            }
+            multiply_block(block, W, C, n, k, narrow, second, R);
+            for (int64_t r = 0; r < count; r++) finish(i + r, C + r * n, scratch);
+        }
+        _tile_release();
+    }
+}
+
 }  // namespace
 #endif
 
@@ -718,6 +836,47 @@ void attention_backward(const bf16 *q, const bf16 *k, const bf16 *v, const int64
     const int64_t *x = strides;
     attend_backward({batch, heads, length, width}, q, {x[0], x[1], x[2]}, k, {x[3], x[4], x[5]}, v,
                     {x[6], x[7], x[8]}, bias, out, lse, grad, dq, dk, dv, scale, rate, seed, threads);
+}
+
+// Packed for `product`: W' of a W (rows x cols), or W itself. Both sides are multiples of 32.
+void pack(const bf16 *W, bf16 *to, int64_t rows, int64_t cols, int transposed) {
+    if (transposed) pack_columns(W, to, rows, cols);
+    else pack_rows(W, to, rows, cols);
+}
+
+// y = (x * times) W + bias, and with a rank the product of two factors, see Factors; times and bias may be null.
+void linear(const bf16 *x, const bf16 *times, const bf16 *W, const bf16 *bias, bf16 *y, int64_t rows, int64_t k,
+            int64_t n, const bf16 *first, const bf16 *second, int transposed, int64_t rank, float scale, bf16 *low,
+            int threads) {
+    const Factors factors = {first, second, bool(transposed), rank, scale, low};
+    product({x, times, rows, k}, W, n, rank ? &factors : nullptr, threads, [=](int64_t row, const float *c, float *) {
+        sweep(n, [&](int64_t i, auto count) {
+            Floats sum = load(c + i, count);
+            if (bias) sum += load(bias + i, count);
+            store(y + row * n + i, sum, count);
+        });
+    });
+}
+
+// y = GELU(x W + bias), and the slope there; bias and slope may be null.
+void linear_gelu(const bf16 *x, const bf16 *W, const bf16 *bias, bf16 *y, bf16 *slope, int64_t rows, int64_t k,
+                 int64_t n, int threads) {
+    product({x, nullptr, rows, k}, W, n, nullptr, threads, [=](int64_t row, const float *c, float *) {
+        any_gelu_row(c, bias, y + row * n, slope ? slope + row * n : nullptr, n);
+    });
+}
+
+// As norm_bf16, of h = x W.
+void linear_norm(const bf16 *x, const bf16 *W, const bf16 *bias, const bf16 *residual, const bf16 *weight,
+                 const bf16 *beta, bf16 *y, bf16 *normed, float *rstd, int64_t rows, int64_t k, int64_t n, float eps,
+                 float rate, uint64_t seed, int threads) {
+    const Dropout drop(seed, rate);
+    product({x, nullptr, rows, k}, W, n, nullptr, threads, [=](int64_t row, const float *c, float *scratch) {
+        const int64_t at = row * n;
+        float r = norm_row(c, bias, residual + at, weight, beta, y + at, normed ? normed + at : nullptr, scratch, n,
+                           eps, rate > 0, drop, uint32_t(at));
+        if (normed) rstd[row] = r;
+    });
 }
 #endif
 }

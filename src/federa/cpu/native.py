@@ -160,7 +160,12 @@ def _bind(library: ctypes.CDLL) -> ctypes.CDLL:
     if library.has_tiles():
         library.attention.argtypes = [p] * 7 + [i64] * 4 + [f32, f32, u64, i32]
         library.attention_backward.argtypes = [p] * 11 + [i64] * 4 + [f32, f32, u64, i32]
-        library.attention.restype = library.attention_backward.restype = None
+        library.pack.argtypes = [p, p, i64, i64, i32]
+        library.linear.argtypes = [p] * 5 + [i64] * 3 + [p, p, i32, i64, f32, p, i32]
+        library.linear_gelu.argtypes = [p] * 5 + [i64] * 3 + [i32]
+        library.linear_norm.argtypes = [p] * 9 + [i64] * 3 + [f32, f32, u64, i32]
+        for name in ("attention", "attention_backward", "pack", "linear", "linear_gelu", "linear_norm"):
+            getattr(library, name).restype = None
     return library
 
 

@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from federa.cpu.frozen import linear
 from federa.methods.base import METHODS, Method, Setup
 from federa.methods.targets import find_targets
 from federa.seeds import torch_seeded
@@ -32,7 +33,7 @@ class AdapterLinear(nn.Linear):  # type: ignore[misc, unused-ignore]
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `(..., out_features)` of `(..., in_features)`."""
-        hidden = F.linear(x, self.weight, self.bias)
+        hidden = linear(self, x)
         return hidden + self.up(_ACTIVATIONS[self.activation](self.down(hidden)))
 
 

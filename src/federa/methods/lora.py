@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from pydantic import Field
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from federa.cpu.frozen import LinearLowRank, is_frozen, packed
 from federa.methods.base import METHODS, ExportFormat, Method, Setup
 from federa.methods.targets import find_targets
 from federa.seeds import torch_seeded
@@ -100,6 +101,10 @@ class LoRALinear(nn.Linear):  # type: ignore[misc, unused-ignore]
         """Return `(..., out_features)` of `(..., in_features)`."""
         if self.magnitude is None:
             flat = x.reshape(-1, x.shape[-1])
+            matrix = packed(self, x, self.lora_A, self.lora_B)
+            if matrix is not None and (self.bias is None or is_frozen(self.bias)):
+                y = LinearLowRank.apply(matrix, flat, self.bias, self.lora_A, self.lora_B, self.scale)
+                return cast("Tensor", y.view(*x.shape[:-1], -1))
             y, _ = _LowRankLinear.apply(flat, self.weight, self.bias, self.lora_A, self.lora_B, self.scale)
             return y.view(*x.shape[:-1], -1)
         low_rank = F.linear(F.linear(x, self.lora_A), self.lora_B)

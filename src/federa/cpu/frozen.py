@@ -1,0 +1,297 @@
+"""Products with frozen matrices, which are packed once for the processor's matrix tiles.
+
+A library of matrix products packs a matrix anew at every call, and writes a result out before the next pass
+reads it. A frozen matrix can stay packed for the whole run, and what follows a product (a bias, GELU, the end
+of a sub-layer) can take each block of rows from the nearest cache.
+"""
+
+from __future__ import annotations
+
+from ctypes import CDLL
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from federa.cpu import native
+from federa.cpu.fused import at, norm_backward, seed_of
+from federa.cpu.plain import Stackable
+
+TILE = 32  # sides of a matrix are multiples of it
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Packed:
+    """A frozen matrix in the order in which matrix tiles read it.
+
+    Attributes:
+        library: the compiled kernels.
+        weight: the matrix, `(out, in)` bfloat16: held, so that nothing else comes to lie at its address.
+        version: of `weight` when it was packed.
+        forward: for x W', packed.
+        backward: for g W, packed.
+    """
+
+    library: CDLL
+    weight: Tensor
+    version: int
+    forward: Tensor
+    backward: Tensor
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Be nothing in a copy of the model, which packs its own."""
+        return type(None), ()
+
+    def is_of(self, weight: Tensor) -> bool:
+        """Return whether this still is what a matrix holds."""
+        return bool(self.weight.data_ptr() == weight.data_ptr() and self.version == weight._version)
+
+
+def is_frozen(tensor: Tensor) -> bool:
+    """Return whether a tensor is the model's own and does not train.
+
+    `functional_call` puts tensors that train in the place of parameters, and they need not say so.
+    """
+    return isinstance(tensor, nn.Parameter) and not tensor.requires_grad
+
+
+def packed(layer: nn.Linear, *inputs: Tensor) -> Packed | None:
+    """Return a layer's packed matrix if it is frozen and the tiles take it and the inputs, else None."""
+    weight, library = layer.weight, native.load()
+    if (
+        not is_frozen(weight)
+        or weight.dtype != torch.bfloat16
+        or weight.device.type != "cpu"
+        or any(t.dtype != torch.bfloat16 for t in inputs)
+        or any(side % TILE for side in weight.shape)
+        or library is None
+        or not library.has_tiles()
+    ):
+        return None
+    kept: Packed | None = layer.__dict__.get("packed")
+    if kept is None or not kept.is_of(weight):
+        kept = layer.__dict__["packed"] = _pack(library, weight.detach())
+    return kept
+
+
+def _pack(library: CDLL, weight: Tensor) -> Packed:
+    source = weight.contiguous()
+    forward, backward = torch.empty_like(source), torch.empty_like(source)
+    library.pack(at(source), at(forward), *source.shape, 1)
+    library.pack(at(source), at(backward), *source.shape, 0)
+    return Packed(library, weight, weight._version, forward, backward)
+
+
+def pack_all(model: nn.Module) -> None:
+    """Pack what is frozen before it is asked for, so that processes that are forked later share it."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            packed(module)
+
+
+class FrozenLinear(nn.Linear):  # type: ignore[misc, unused-ignore]
+    """A drop-in for `nn.Linear` that is faster while its matrix is frozen."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `(..., out_features)` of `(..., in_features)`."""
+        return linear(self, x)
+
+
+def linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """Return what an `nn.Linear` computes of `(..., in_features)`, by the fastest way there is."""
+    matrix = packed(layer, x)
+    if matrix is None:
+        return F.linear(x, layer.weight, layer.bias)
+    if layer.bias is None or is_frozen(layer.bias):
+        return cast("Tensor", Linear.apply(matrix, x, layer.bias))
+    return cast("Tensor", Linear.apply(matrix, x, None) + layer.bias)
+
+
+def _multiply(
+    library: CDLL,
+    x: Tensor,
+    matrix: Tensor,
+    cols: int,
+    *,
+    times: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Return (x * times) matrix + bias, `(..., cols)`; the matrix is one of a `Packed`."""
+    x = x.contiguous()
+    y = x.new_empty(*x.shape[:-1], cols)
+    shape = (x.numel() // x.shape[-1], x.shape[-1], cols)
+    factors = (None, None, 0, 0, 0.0, None)
+    library.linear(*map(at, (x, times, matrix, bias, y)), *shape, *factors, torch.get_num_threads())
+    return y
+
+
+class Linear(Stackable):
+    """x W' + bias: (packed W, x, frozen bias or None)."""
+
+    @staticmethod
+    def forward(ctx: Any, matrix: Packed, x: Tensor, bias: Tensor | None) -> Tensor:  # noqa: D102
+        ctx.matrix = matrix
+        return _multiply(matrix.library, x, matrix.forward, len(matrix.weight), bias=bias)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
+        matrix = ctx.matrix
+        d_x = _multiply(matrix.library, grads[0], matrix.backward, matrix.weight.shape[1])
+        return None, d_x, None
+
+    @staticmethod
+    def vmap(  # noqa: D102
+        info: Any, in_dims: tuple[int | None, ...], matrix: Packed, x: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, int]:
+        assert in_dims[1] is not None
+        return Linear.apply(matrix, x.movedim(in_dims[1], 0), bias), 0
+
+
+class LinearGelu(Stackable):
+    """GELU(x W' + bias): (packed W, x, bias or None)."""
+
+    @staticmethod
+    def forward(ctx: Any, matrix: Packed, x: Tensor, bias: Tensor | None) -> Tensor:  # noqa: D102
+        library, (cols, depth) = matrix.library, matrix.weight.shape
+        x, bias = x.contiguous(), None if bias is None else bias.contiguous()
+        y = x.new_empty(*x.shape[:-1], cols)
+        slope = torch.empty_like(y) if any(ctx.needs_input_grad) else None
+        tensors = map(at, (x, matrix.forward, bias, y, slope))
+        library.linear_gelu(*tensors, x.numel() // depth, depth, cols, torch.get_num_threads())
+        ctx.matrix = matrix
+        ctx.save_for_backward(slope)
+        return y
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
+        (slope,), matrix, needs = ctx.saved_tensors, ctx.matrix, ctx.needs_input_grad
+        grad, depth = grads[0].contiguous(), matrix.weight.shape[1]
+        d_x = _multiply(matrix.library, grad, matrix.backward, depth, times=slope) if needs[1] else None
+        d_bias = (slope * grad).flatten(0, -2).sum(0) if needs[2] else None
+        return None, d_x, d_bias
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:  # noqa: D102
+        matrix, x, bias = args
+        if in_dims[2] is not None or in_dims[1] is None:
+            return LinearGelu.one_by_one(info.batch_size, in_dims, args)
+        return LinearGelu.apply(matrix, x.movedim(in_dims[1], 0), bias), 0
+
+
+class LinearNorm(Stackable):
+    """LN(dropout(x W' + bias) + residual): (packed W, x, bias or None, residual, weight, beta, eps, rate)."""
+
+    @staticmethod
+    def forward(  # noqa: D102, PLR0917
+        ctx: Any,
+        matrix: Packed,
+        x: Tensor,
+        bias: Tensor | None,
+        residual: Tensor,
+        weight: Tensor,
+        beta: Tensor,
+        eps: float,
+        rate: float,
+    ) -> Tensor:
+        library, (cols, depth) = matrix.library, matrix.weight.shape
+        x, residual, weight, beta = (t.contiguous() for t in (x, residual, weight, beta))
+        bias = None if bias is None else bias.contiguous()
+        rows = x.numel() // depth
+        y = torch.empty_like(residual)
+        wanted = any(ctx.needs_input_grad)
+        normed = torch.empty_like(residual) if wanted else None
+        rstd = torch.empty(rows) if wanted else None
+        ctx.matrix, ctx.library, ctx.rate, ctx.seed = matrix, library, rate, seed_of(rate)
+        tensors = map(at, (x, matrix.forward, bias, residual, weight, beta, y, normed, rstd))
+        library.linear_norm(*tensors, rows, depth, cols, eps, rate, ctx.seed, torch.get_num_threads())
+        ctx.save_for_backward(normed, rstd, weight)
+        return y
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
+        matrix, needs = ctx.matrix, ctx.needs_input_grad
+        d_h, *others = norm_backward(ctx, grads[0], needs[1:])
+        assert d_h is not None
+        depth = matrix.weight.shape[1]
+        d_x = _multiply(matrix.library, d_h, matrix.backward, depth) if needs[1] else None
+        return None, d_x, *others, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:  # noqa: D102
+        matrix, x, bias, residual, *rest = args
+        if [i for i, dim in enumerate(in_dims) if dim is not None] != [1, 3]:  # scales of each client's own
+            return LinearNorm.one_by_one(info.batch_size, in_dims, args)
+        x, residual = x.movedim(in_dims[1], 0), residual.movedim(in_dims[3], 0)
+        return LinearNorm.apply(matrix, x, bias, residual, *rest), 0
+
+
+class LinearLowRank(Stackable):
+    """x W' + bias + scale * (x A') B': (packed W, x, frozen bias or None, A, B, scale).
+
+    x is `(rows, in)`, or `(clients, rows, in)` with A `(clients, rank, in)` and B `(clients, out, rank)`.
+    """
+
+    @staticmethod
+    def forward(  # noqa: D102, PLR0917
+        ctx: Any, matrix: Packed, x: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float
+    ) -> Tensor:
+        x, A, B = x.contiguous(), A.contiguous(), B.contiguous()
+        y, low = _multiply_low_rank(matrix.library, x, matrix.forward, bias, A, B, scale, transposed=True)
+        ctx.matrix, ctx.scale = matrix, scale
+        ctx.save_for_backward(x, low, A, B)
+        return y
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
+        matrix, grad, needs = ctx.matrix, grads[0].contiguous(), ctx.needs_input_grad
+        x, low, A, B = ctx.saved_tensors
+        if needs[1]:
+            d_x, d_low = _multiply_low_rank(
+                matrix.library, grad, matrix.backward, None, B, A, ctx.scale, transposed=False
+            )
+        else:  # nothing below trains
+            d_x, d_low = None, (grad @ B).mul_(ctx.scale)
+        d_A = d_low.mT @ x if needs[3] else None
+        d_B = grad.mT @ low if needs[4] else None
+        return None, d_x, None, d_A, d_B, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:  # noqa: D102
+        def lanes(i: int) -> Tensor:
+            tensor, dim = args[i], in_dims[i]
+            return tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
+        return LinearLowRank.apply(args[0], lanes(1), args[2], lanes(3), lanes(4), args[5]), 0
+
+
+def _multiply_low_rank(  # noqa: PLR0917
+    library: CDLL,
+    x: Tensor,
+    matrix: Tensor,
+    bias: Tensor | None,
+    first: Tensor,
+    second: Tensor,
+    scale: float,
+    *,
+    transposed: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return x matrix + bias + low second, and low = scale * x first, for one client or for each.
+
+    Factors that are `transposed` are given as `(rank, in)` and `(out, rank)`.
+    """
+    cols, rank = second.shape[-2:] if transposed else second.shape[:-3:-1]
+    y, low = x.new_empty(*x.shape[:-1], cols), x.new_empty(*x.shape[:-1], rank)
+    several = (x, first, second, y, low)
+    for client in zip(*several, strict=True) if x.ndim == 3 else [several]:
+        own, one, other, out, narrow = map(at, client)
+        shape = (*client[0].shape, cols)
+        factors = (one, other, int(transposed), rank, scale, narrow)
+        library.linear(own, None, at(matrix), at(bias), out, *shape, *factors, torch.get_num_threads())
+    return y, low
