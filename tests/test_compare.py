@@ -53,6 +53,30 @@ def test_cells_are_written_with_the_columns_of_the_contract(folder: Path) -> Non
         assert row["skew"] == "dirichlet 0.5"
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (2e-4, {"federa": 2e-4, "ft": 2e-4}),
+        (3e-3, {"federa": 3e-3, "ft": 1e-4}),
+        (None, {"federa": 3e-3, "ft": 1e-4}),
+    ],
+)
+def test_a_rate_that_the_recipe_gives_is_every_methods(
+    given: float | None,
+    expected: dict[str, float],
+    encoder: Callable[[str], Path],
+    train_csv: Path,
+    test_csv: Path,
+) -> None:
+    recipe = small_recipe(encoder("bert"), train_csv, test_csv)
+    recipe["client"] = {**recipe["client"], "lr": given}
+    compared = comparison(recipe, methods="federa,ft", lrs=[])
+    assert {m: compared.cell(m, 0, None).client.lr for m in compared.methods} == expected
+    assert {m: compared.cell(m, 0, 0.5).client.lr for m in compared.methods} == dict.fromkeys(expected, 0.5)
+    for method, lr in expected.items():
+        assert f"run   {method:10} seed 1, lr {lr:g}, {compared.config.rounds} rounds" in compared.describe()
+
+
 def test_all_methods_meet_the_same_clients(folder: Path) -> None:
     for seed in "01":
         parts, cohorts = set(), set()

@@ -70,6 +70,7 @@ def main(order: Order) -> None:
         )
         marks.write(result.arrays.to_torch_state_dict())
 
+    os.environ["RAY_ADDRESS"] = "local"  # or Ray joins whatever cluster this machine has, or had
     try:
         run_simulation(
             server_app=server,

@@ -84,10 +84,14 @@ class Comparison:
         return cls(config, names, numbers, grid, tune_rounds or config.rounds)
 
     def cell(self, method: str, seed: int, lr: float | None) -> RunConfig:
-        """Return the recipe of one cell."""
-        changes: dict[str, Any] = {"method.name": method, "seed": seed, "client.lr": lr}
-        if lr is None and method == self.config.method.name:
-            del changes["client.lr"]
+        """Return the recipe of one cell.
+
+        Without a rate of its own it has the recipe's, or its method's default if the recipe gives none.
+        A recipe that gives the default of its own method is taken to give none.
+        """
+        changes: dict[str, Any] = {"method.name": method, "seed": seed}
+        if lr is not None:
+            changes["client.lr"] = lr
         return self.config.replace(**changes)
 
     def tuning(self, method: str, lr: float) -> RunConfig:
@@ -104,9 +108,9 @@ class Comparison:
     def describe(self) -> list[str]:
         """Return one line for every run that the comparison is made of."""
         lines = [f"tune  {m:10} lr {lr:g}, {self.tune_rounds} rounds" for m in self.lrs for lr in self.lrs[m]]
-        lines += [
-            f"run   {m:10} seed {s}, {self.config.rounds} rounds" for m in self.methods for s in self.seeds
-        ]
+        for method in self.methods:
+            lr = "tuned lr" if method in self.lrs else f"lr {self.cell(method, 0, None).client.lr:g}"
+            lines += [f"run   {method:10} seed {s}, {lr}, {self.config.rounds} rounds" for s in self.seeds]
         return [*lines, f"{len(lines)} runs"]
 
 

@@ -16,7 +16,12 @@ from federa.cpu.ends import FusedIntermediate, FusedOutput
 from federa.seeds import torch_seeded
 
 TOLERANCE = 1.2e-2  # relative to the norm: bf16 keeps 8 bits
-SHAPES = [(384, 384), (64, 448), (448, 64), (32, 32)]  # (in, out): 448 is more depth than is taken at a time
+SHAPES = [
+    (384, 384),
+    (64, 448),
+    (1536, 64),
+    (32, 32),
+]  # (in, out): 1536 is four times the depth taken at a time
 ROWS = [32, 100, 1]  # whole blocks, a rest, less than one
 
 
@@ -99,14 +104,14 @@ def test_linear_and_gelu(rows: int, trains: bool) -> None:
 @pytest.mark.parametrize("rate", [0.0, 0.3])
 def test_linear_and_norm(rows: int, rate: float) -> None:
     """The mask is read off a pass in which everything else is known."""
-    made, x, residual = layer(448, 64, trains=True), leaf(rows, 448), leaf(rows, 64)
+    made, x, residual = layer(1536, 64, trains=True), leaf(rows, 1536), leaf(rows, 64)
     weight, beta = leaf(64), leaf(64)
     matrix = frozen.packed(made)
     with torch_seeded(5):
         y = frozen.LinearNorm.apply(matrix, x, made.bias, residual, weight, beta, 1e-5, rate)
     grad = torch.randn(rows, 64).bfloat16()
     y.backward(grad)
-    still = layer(448, 64)
+    still = layer(1536, 64)
     nn.init.constant_(still.bias, 100.0)
     ones, zeros = torch.ones(64).bfloat16(), torch.zeros(64).bfloat16()
     with torch_seeded(5):  # of h = 0 + 100, residual 0: what was dropped is below the mean
@@ -146,6 +151,54 @@ def test_low_rank_where_nothing_below_trains() -> None:
     A2, B2 = doubled(A), doubled(B)
     (0.5 * (x.double() @ A2.T) @ B2.T).sum().backward()
     check([A.grad, B.grad], [A2.grad, B2.grad])
+
+
+def test_every_pass_draws_a_mask_of_its_own() -> None:
+    made, x, zeros, ones = layer(64, 64), torch.zeros(40, 64).bfloat16(), torch.zeros(64), torch.ones(64)
+    nn.init.constant_(made.bias, 100.0)
+    ends = (torch.zeros_like(x), ones.bfloat16(), zeros.bfloat16(), 1e-5, 0.5)
+    one, other = (frozen.LinearNorm.apply(frozen.packed(made), x, made.bias, *ends) > 0 for _ in range(2))
+    assert 0.4 < (one == other).double().mean() < 0.6
+
+
+def test_inputs_and_gradients_may_be_strided() -> None:
+    """A view of every second column says the same as a copy of it."""
+    dense, up = layer(64, 64, trains=True), layer(64, 64)
+    A, B = leaf(8, 64), leaf(64, 8)
+
+    def all_of_them(x: Tensor, residual: Tensor, norm: Tensor) -> Tensor:
+        low = frozen.LinearLowRank.apply(frozen.packed(up), x, up.bias, A, B, 0.5)
+        y = frozen.LinearGelu.apply(frozen.packed(dense), low + dense(x), dense.bias)
+        return frozen.LinearNorm.apply(frozen.packed(up), y, up.bias, residual, norm, norm, 1e-5, 0.0)
+
+    wide = [torch.randn(*shape).bfloat16() for shape in ((9, 128), (9, 128), (128,), (9, 128))]
+    views, copies = ([t[..., ::2] for t in wide], [t[..., ::2].contiguous() for t in wide])
+    results = []
+    for x, residual, norm, grad in (views, copies):
+        x = x.detach().requires_grad_()
+        y = all_of_them(x, residual, norm)
+        results.append([y, *torch.autograd.grad(y, [x, A, B, dense.bias], grad)])
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("lane", [0, 1])
+def test_clients_have_their_own_factors(lane: int) -> None:
+    made, x = layer(64, 96), torch.randn(3, 40, 64).bfloat16()
+    A, B, grad = leaf(3, 8, 64, scale=0.1), leaf(3, 96, 8, scale=0.5), torch.randn(3, 40, 96).bfloat16()
+    matrix = frozen.packed(made)
+
+    def one(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return frozen.LinearLowRank.apply(matrix, x, made.bias, A, B, 0.7)
+
+    inputs = [t.detach().movedim(0, lane).contiguous().requires_grad_() for t in (x, A, B)]
+    together = vmap(one, in_dims=lane)(*inputs)
+    grads = [g.movedim(lane, 0) for g in torch.autograd.grad(together, inputs, grad)]
+    for client in range(3):
+        own = [t[client].detach().requires_grad_() for t in (x, A, B)]
+        alone = one(*own)
+        check([together[client]], [alone])
+        check([g[client] for g in grads], list(torch.autograd.grad(alone, own, grad[client])))
 
 
 def test_several_clients_at_once() -> None:
@@ -211,6 +264,15 @@ def test_what_the_tiles_do_not_take_is_left_to_torch() -> None:
         assert frozen.packed(made, inputs) is None
         assert torch.equal(made(inputs), F.linear(inputs, made.weight, made.bias))
     assert frozen.packed(layer(64, 64), x) is None, "other numbers go in"
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        layer(64, 64)(torch.randn(4, 96).bfloat16())
+    odd = layer(64, 64)
+    odd.bias.data = odd.bias.data.float()
+    assert frozen.packed(odd, x.bfloat16()) is None
+    with torch.inference_mode():
+        still = frozen.FrozenLinear(64, 64).bfloat16().requires_grad_(requires_grad=False)
+    assert frozen.packed(still) is None
+    assert layer(64, 64)(torch.empty(0, 3, 64).bfloat16()).shape == (0, 3, 64)
     with native.without():
         assert frozen.packed(layer(64, 64), x.bfloat16()) is None
     assert torch.isnan(layer(64, 64)(torch.full((3, 64), float("nan")).bfloat16())).all()

@@ -72,10 +72,11 @@ def cpu_attention(  # noqa: PLR0917
             else attention_mask.float().expand(batch, 1, 1, length).contiguous()
         )
         return cast("Tensor", fused.Attention.apply(library, query, key, value, mask, scale, rate)), None
-    flat = (batch * heads, -1, width)
-    out = plain.PlainAttention.apply(
-        (query * scale).reshape(flat), key.reshape(flat), value.reshape(flat), attention_mask, rate
-    )
+    dtype = query.dtype
+    if length == 1:  # of the first token alone: next to no work, so with scores in float32, as on the tiles
+        query, key, value = query.float(), key.float(), value.float()
+    q, k, v = (t.reshape(batch * heads, t.shape[2], width) for t in (query * scale, key, value))
+    out = plain.PlainAttention.apply(q, k, v, attention_mask, rate).to(dtype)
     return cast("Tensor", out).view(batch, heads, length, width).transpose(1, 2), None
 
 

@@ -59,13 +59,20 @@ def is_frozen(tensor: Tensor) -> bool:
 
 
 def packed(layer: nn.Linear, *inputs: Tensor) -> Packed | None:
-    """Return a layer's packed matrix if it is frozen and the tiles take it and the inputs, else None."""
+    """Return a layer's packed matrix if it is frozen and the tiles take it and the inputs, else None.
+
+    Args:
+        layer: whose matrix.
+        inputs: what goes in, `(..., in)`, first, and whatever else meets the product.
+    """
     weight, library = layer.weight, native.load()
+    tensors = (weight, *inputs) if layer.bias is None else (weight, layer.bias, *inputs)
     if (
         not is_frozen(weight)
-        or weight.dtype != torch.bfloat16
+        or weight.is_inference()  # which does not say when it changes
         or weight.device.type != "cpu"
-        or any(t.dtype != torch.bfloat16 for t in inputs)
+        or any(t.dtype != torch.bfloat16 for t in tensors)
+        or any(t.shape[-1] != weight.shape[1] for t in inputs[:1])
         or any(side % TILE for side in weight.shape)
         or library is None
         or not library.has_tiles()
@@ -88,7 +95,7 @@ def _pack(library: CDLL, weight: Tensor) -> Packed:
 def pack_all(model: nn.Module) -> None:
     """Pack what is frozen before it is asked for, so that processes that are forked later share it."""
     for module in model.modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and getattr(module, "magnitude", None) is None:  # DoRA takes no part
             packed(module)
 
 
@@ -120,7 +127,7 @@ def _multiply(
     bias: Tensor | None = None,
 ) -> Tensor:
     """Return (x * times) matrix + bias, `(..., cols)`; the matrix is one of a `Packed`."""
-    x = x.contiguous()
+    x, bias = x.contiguous(), None if bias is None else bias.contiguous()
     y = x.new_empty(*x.shape[:-1], cols)
     shape = (x.numel() // x.shape[-1], x.shape[-1], cols)
     factors = (None, None, 0, 0, 0.0, None)
@@ -286,6 +293,7 @@ def _multiply_low_rank(  # noqa: PLR0917
 
     Factors that are `transposed` are given as `(rank, in)` and `(out, rank)`.
     """
+    bias = None if bias is None else bias.contiguous()
     cols, rank = second.shape[-2:] if transposed else second.shape[:-3:-1]
     y, low = x.new_empty(*x.shape[:-1], cols), x.new_empty(*x.shape[:-1], rank)
     several = (x, first, second, y, low)

@@ -161,8 +161,12 @@ void gelu_row(const float *h, const float *bias, float *y, float *slope, int64_t
 
 // For bf16 the same by odd polynomials of x, plus a half: both are so between -4 and 4, and 0 or 1 beyond to 5e-4.
 // Fitted for the least largest error: 2e-5 of Phi, 6e-5 of the slope, where bf16 keeps 4e-3.
-constexpr float PHI[] = {3.988475018e-01f, -6.617535941e-02f, 9.664860115e-03f, -1.048200022e-03f, 8.066670012e-05f, -4.100807570e-06f, 1.217085777e-07f, -1.580742838e-09f};
-constexpr float SLOPE[] = {7.976095349e-01f, -2.648264856e-01f, 5.845605641e-02f, -8.716302267e-03f, 9.073226465e-04f, -6.495708651e-05f, 3.028313474e-06f, -8.218674780e-08f, 9.795861385e-10f};
+constexpr float PHI[] = {
+    3.988475018e-01f, -6.617535941e-02f, 9.664860115e-03f, -1.048200022e-03f, 8.066670012e-05f,
+    -4.100807570e-06f, 1.217085777e-07f, -1.580742838e-09f};
+constexpr float SLOPE[] = {
+    7.976095349e-01f, -2.648264856e-01f, 5.845605641e-02f, -8.716302267e-03f, 9.073226465e-04f,
+    -6.495708651e-05f, 3.028313474e-06f, -8.218674780e-08f, 9.795861385e-10f};
 
 template <int64_t terms> inline Floats half_plus_odd(const float (&c)[terms], Floats x, Floats square) {
     Floats sum = Floats{} + c[terms - 1];

@@ -104,9 +104,9 @@ class LoRALinear(nn.Linear):  # type: ignore[misc, unused-ignore]
             matrix = packed(self, x, self.lora_A, self.lora_B)
             if matrix is not None and (self.bias is None or is_frozen(self.bias)):
                 y = LinearLowRank.apply(matrix, flat, self.bias, self.lora_A, self.lora_B, self.scale)
-                return cast("Tensor", y.view(*x.shape[:-1], -1))
+                return cast("Tensor", y.view(*x.shape[:-1], self.out_features))
             y, _ = _LowRankLinear.apply(flat, self.weight, self.bias, self.lora_A, self.lora_B, self.scale)
-            return y.view(*x.shape[:-1], -1)
+            return y.view(*x.shape[:-1], self.out_features)
         low_rank = F.linear(F.linear(x, self.lora_A), self.lora_B)
         # The norm is a constant to the gradient: DoRA, section 4.3.
         length = self.row_norms().detach()
