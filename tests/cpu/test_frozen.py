@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from torch.nn import functional as F
 from federa.cpu import frozen, native
 from federa.cpu.ends import FusedIntermediate, FusedOutput
 from federa.seeds import torch_seeded
+from running import build
 
 TOLERANCE = 1.2e-2  # relative to the norm: bf16 keeps 8 bits
 SHAPES = [
@@ -232,6 +235,31 @@ def test_several_clients_at_once() -> None:
             own = {name: t[1].detach().requires_grad_() for name, t in leaves.items()}
             alone = functional_call(made, own, (x[1],)).float().square().sum()
             check([g[1] for g in grads], list(torch.autograd.grad(alone, list(own.values()))))
+
+
+@pytest.mark.parametrize("method", ["lora", "federa", "bitfit", "adapter", "ft"])
+def test_a_step_goes_through_packed_matrices(recipe: dict[str, Any], method: str) -> None:
+    """Of two layers: what is frozen is packed before the first step, and every product that can be is one of ours."""
+    experiment = build(recipe, method__name=method, client__precision="bf16")
+    trainer = experiment.trainer
+    linears = [m for m in trainer.model.modules() if isinstance(m, nn.Linear) and not m.weight.requires_grad]
+    assert all("packed" in m.__dict__ for m in linears)
+    assert len(linears) == (0 if method == "ft" else 12)
+    trainer.model.train()
+    loss = trainer.model(**experiment.train.batch(np.arange(4), trainer.device)).loss
+    names, open_nodes = [], [loss.grad_fn]
+    seen = set(open_nodes)
+    while open_nodes:
+        node = open_nodes.pop()
+        names.append(node.name())
+        following = {following for following, _ in node.next_functions if following is not None} - seen
+        seen |= following
+        open_nodes += following
+    found = {kind: names.count(f"{kind}Backward") for kind in ("LinearGelu", "LinearNorm", "LinearLowRank")}
+    # An adapter comes between its product and the norm, and no gradient goes below the first one.
+    gelus, norms = {"ft": (0, 0), "adapter": (1, 1)}.get(method, (2, 4))
+    factors = 4 if method in {"lora", "federa"} else 0
+    assert found == {"LinearGelu": gelus, "LinearNorm": norms, "LinearLowRank": factors}
 
 
 @pytest.mark.parametrize("how", ["in place", "exchanged", "copied model", "from elsewhere"])
