@@ -85,7 +85,9 @@ def draw(options: argparse.Namespace) -> tuple[Encoded, list[np.ndarray]]:
     count = options.clients * options.examples
     lengths = rng.integers(options.length // 2, options.length + 1, count)
     rows = Ragged.from_rows([rng.integers(1, VOCABULARY, n).tolist() for n in lengths])
-    data = Encoded({"input_ids": rows}, rng.integers(0, LABELS, count), {"input_ids": 0})
+    data = Encoded(
+        {"input_ids": rows}, {"labels": rng.integers(0, LABELS, count)}, {"input_ids": 0, "labels": -100}
+    )
     return data, np.split(np.arange(count), options.clients)
 
 

@@ -85,7 +85,7 @@ MISTAKES = {
     "wrong format": (["data.train=recipe.yaml"], None, "data.train: {here}/recipe.yaml is not of a known format"),
     "wrong column": (["data.text_column=txt"], None, "data: the train table has no column 'txt' (did you mean 'text'?)"),
     "wrong label column": (["data.label_column=lbl"], None, "data: the train table has no column 'lbl'"),
-    "strange label": ([], strange_label, "data.label_column: label 'sprt' is outside the training set's labels"),
+    "strange label": ([], strange_label, "data.label_column: row 90: label 'sprt' is outside the training set's labels"),
     "few rows": ([], few_rows, "partition: fewer rows than clients need: 4 rows, 6 clients"),
     "large cohort": (["cohort=7"], None, "cohort: 7 clients a round, but partition.clients is 6"),
     "no weights": ([], drop_weights, "model.name: {here}/model holds no weights"),
@@ -94,11 +94,11 @@ MISTAKES = {
     "no model hub": (["model.name=nobody/nothing"], None, "model.name: cannot load 'nobody/nothing': it is no local"),
     "large rank": (["method.rank=33"], None, "method.rank: 33 is larger than the smaller side of bert.encoder.layer.0"),
     "wrong target": (["method.targets=[quary]"], None, "method.targets: 'quary' fits no linear map"),
-    "no column to split by": (["partition.name=natural", "partition.column=who"], None, "partition.column: the training"),
+    "no column to split by": (["partition.name=natural", "partition.column=who"], None, "partition.column: the table"),
     "many threads": (["engine.threads=9999"], None, "engine: 1 workers x 9999 threads need more than the"),
     "many workers": (["engine.name=processes", "engine.workers=9999"], None, "engine: 9999 workers x 1 threads need"),
     "no plugin": (["plugins=[mine.py]"], None, "plugins: "),
-    "no tracker": (["track=[wandb]"], None, "track: unknown tracker 'wandb'"),
+    "no tracker": (["track=[wandbb]"], None, "track: unknown tracker 'wandbb' (did you mean"),
     "no validation": (["data.evaluate_on=validation"], None, "data.evaluate_on=validation: give"),
 }  # fmt: skip
 
@@ -180,11 +180,14 @@ def test_mistakes_with_a_run(done, capsys):
         (["predict", "done", "missing.csv"], "predict: missing.csv does not exist"),
         (
             ["predict", "done", "train.csv", "--column", "txt"],
-            "train.csv has no column 'txt'; it has text, label",
+            "data: train.csv has no column 'txt' (did you mean 'text'?); it has text, label",
         ),
-        (["predict", "done", "model/model.safetensors"], "model/model.safetensors is not text in UTF-8"),
+        (
+            ["predict", "done", "model/model.safetensors"],
+            "predict: model/model.safetensors is not of a known format",
+        ),
         (["predict", "done", "gap.txt"], "line 2 of gap.txt is blank"),
-        (["predict", "done", "numbers.csv"], "numbers.csv: row 0 of column 'text' is not a text"),
+        (["predict", "done", "numbers.csv"], "data: row 0 of column 'text' is 1, not a text"),
     ]
     for arguments, message in cases:
         assert refused(capsys, done, *arguments).startswith(message), arguments

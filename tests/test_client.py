@@ -143,7 +143,9 @@ def test_delta_is_local_minus_global(recipe):
     def loss(params):
         outputs = np.concatenate([np.stack(o) for o in trainer.predict(params, data, [rows])])
         return float(
-            nn.functional.cross_entropy(torch.from_numpy(outputs), torch.from_numpy(data.labels[rows]))
+            nn.functional.cross_entropy(
+                torch.from_numpy(outputs), torch.from_numpy(data.targets["labels"][rows])
+            )
         )
 
     for sign, better in ((1, True), (-1, False)):

@@ -1,56 +1,121 @@
 """`federa compare`: same partitions and cohorts for all, tuning off the test set, tables that add up."""
 
-from __future__ import annotations
-
 import csv
 import json
-from collections.abc import Callable
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
-from federa.compare import COLUMNS, Comparison, compare_methods
+from federa.compare import ALL, Comparison, compare_methods, time_estimate
+from federa.compare.execute import jobs_for
+from federa.compare.grid import Grid, Setting
+from federa.compare.tables import COLUMNS, latex, markdown
 from federa.config import parse_config
 from federa.types import FederaError
+from running import alive, federa
 from small import small_recipe
 
+SKEWS = "dirichlet:0.5,iid"
 
-def comparison(recipe: dict[str, Any], **changes: Any) -> Comparison:
-    words: dict[str, Any] = {
-        "methods": "federa,lora,bitfit",
-        "seeds": "0,1",
-        "lrs": ["lora=1e-2,1e-6"],
-        "tune_rounds": 2,
-    }
-    words |= changes
-    return Comparison.parse(parse_config(recipe), **words)
+
+def write(recipe, path):
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+def comparison(recipe, tmp_path, **changes):
+    options = {"methods": "federa,lora", "seeds": "0,1", "skews": SKEWS, "lrs": {"lora": "1e-2,1e-6"}}
+    options |= {"tune_rounds": 1, "jobs": 1, **changes}
+    return Comparison.load([write(recipe, tmp_path / "recipe.yaml")], ["rounds=2"], options)
 
 
 @pytest.fixture(scope="module")
-def folder(
-    encoder: Callable[[str], Path], train_csv: Path, test_csv: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    to = tmp_path_factory.mktemp("compare")
-    compare_methods(comparison(small_recipe(encoder("bert"), train_csv, test_csv)), to, lambda line: None)
-    return to
+def done(encoder, train_csv, test_csv, tmp_path_factory):
+    """Two settings, two methods, two seeds, run once for all tests: the comparison, its folder, outcome, words."""
+    to, said = tmp_path_factory.mktemp("compare"), []
+    recipe = small_recipe(encoder("bert"), train_csv, test_csv)
+    made = comparison(recipe, to)
+    return made, to / "out", compare_methods(made, to / "out", said.append), said
 
 
-def test_cells_are_written_with_the_columns_of_the_contract(folder: Path) -> None:
+def rows_of(folder):
     with (folder / "cells.csv").open() as file:
-        rows = list(csv.DictReader(file))
+        return list(csv.DictReader(file))
+
+
+# What is run
+
+
+def test_cells_are_written_with_the_columns_of_the_contract(done):
+    _, folder, _, _ = done
+    rows = rows_of(folder)
     assert tuple(rows[0])[: len(COLUMNS)] == COLUMNS
-    assert [(r["method"], r["seed"]) for r in rows] == [
-        (m, s) for s in "01" for m in ("federa", "lora", "bitfit")
-    ]
+    names = [(r["skew"], r["seed"], r["method"]) for r in rows]
+    assert names == [(k, s, m) for k in ("dirichlet 0.5", "iid") for s in "01" for m in ("federa", "lora")]
     for row in rows:
-        result = json.loads(
-            (folder / "cells" / f"{row['method']}-seed{row['seed']}" / "result.json").read_text()
-        )
+        result = json.loads((folder / row["folder"] / "result.json").read_text())
         assert float(row["metric"]) == result["final"]
         assert float(row["bytes"]) == result["bytes_up"] + result["bytes_down"]
-        assert row["skew"] == "dirichlet 0.5"
+
+
+def test_all_methods_meet_the_same_clients_and_settings_meet_others(done):
+    _, folder, _, _ = done
+    met = {}
+    for row in rows_of(folder):
+        cell = folder / row["folder"]
+        records = [json.loads(line) for line in (cell / "metrics.jsonl").read_text().splitlines()]
+        cohorts = json.dumps([sorted(r["verdicts"]) for r in records])
+        met.setdefault((row["skew"], row["seed"]), set()).add((cell / "partition.json").read_text() + cohorts)
+    assert all(len(one) == 1 for one in met.values())
+    assert len({next(iter(one)) for one in met.values()}) == 4
+
+
+def test_tuning_never_sees_the_test_set_and_its_choice_is_used(done):
+    _, folder, _, _ = done
+    for slug in ("dirichlet-0.5", "iid"):
+        (tuned,) = [p for p in (folder / "tune").iterdir() if slug in p.name]
+        assert sorted(p.name for p in tuned.iterdir()) == ["lora-lr0.01-rounds1", "lora-lr1e-06-rounds1"]
+        scores = {}
+        for run in tuned.iterdir():
+            config = yaml.safe_load((run / "config.yaml").read_text())
+            assert config["data"]["evaluate_on"] == "validation" and config["rounds"] == 1
+            scores[config["client"]["lr"]] = json.loads((run / "result.json").read_text())["final"]
+        best = max(scores, key=lambda lr: scores[lr])
+        cells = folder / "cells" / tuned.name
+        for seed in "01":
+            used = yaml.safe_load((cells / f"lora-seed{seed}" / "config.yaml").read_text())
+            assert used["client"]["lr"] == best and used["data"]["evaluate_on"] == "test"
+
+
+def test_finished_cells_are_not_run_again(done):
+    made, folder, outcome, _ = done
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("result.json")}
+    assert len(before) == 12
+    again = compare_methods(made, folder, lambda line: None)
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("result.json")} == before
+    assert again.rows == outcome.rows and again.tables == outcome.tables
+
+
+def test_a_cell_that_is_missing_is_run_and_nothing_else(done, tmp_path):
+    import shutil
+
+    made, folder, outcome, _ = done
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    lost = copy / outcome.rows[3]["folder"]
+    shutil.rmtree(lost)
+    before = {p: p.stat().st_mtime_ns for p in copy.rglob("result.json")}
+    again = compare_methods(made, copy, lambda line: None)
+    assert again.rows[3]["metric"] == outcome.rows[3]["metric"]
+    assert {p: t for p, t in before.items() if p.stat().st_mtime_ns != t} == {}
+    assert (lost / "result.json").is_file()
 
 
 @pytest.mark.parametrize(
@@ -61,77 +126,230 @@ def test_cells_are_written_with_the_columns_of_the_contract(folder: Path) -> Non
         (None, {"federa": 3e-3, "ft": 1e-4}),
     ],
 )
-def test_a_rate_that_the_recipe_gives_is_every_methods(
-    given: float | None,
-    expected: dict[str, float],
-    encoder: Callable[[str], Path],
-    train_csv: Path,
-    test_csv: Path,
-) -> None:
-    recipe = small_recipe(encoder("bert"), train_csv, test_csv)
+def test_a_rate_that_the_recipe_gives_is_every_methods(given, expected, recipe, tmp_path):
     recipe["client"] = {**recipe["client"], "lr": given}
-    compared = comparison(recipe, methods="federa,ft", lrs=[])
-    assert {m: compared.cell(m, 0, None).client.lr for m in compared.methods} == expected
-    assert {m: compared.cell(m, 0, 0.5).client.lr for m in compared.methods} == dict.fromkeys(expected, 0.5)
+    made = comparison(recipe, tmp_path, methods="federa,ft", lrs=None, skews=None)
+    (setting,) = made.settings
+    assert {m: made.cell(setting, m, 0, None).config.client.lr for m in expected} == expected
+    assert {m: made.cell(setting, m, 0, 0.5).config.client.lr for m in expected} == dict.fromkeys(
+        expected, 0.5
+    )
     for method, lr in expected.items():
-        assert f"run   {method:10} seed 1, lr {lr:g}, {compared.config.rounds} rounds" in compared.describe()
+        assert f"  run  {method:10} seeds 0, 1; lr {lr:g}, 2 rounds" in made.describe()
 
 
-def test_all_methods_meet_the_same_clients(folder: Path) -> None:
-    for seed in "01":
-        parts, cohorts = set(), set()
-        for method in ("federa", "lora", "bitfit"):
-            cell = folder / "cells" / f"{method}-seed{seed}"
-            parts.add((cell / "partition.json").read_text())
-            records = [json.loads(line) for line in (cell / "metrics.jsonl").read_text().splitlines()]
-            cohorts.add(json.dumps([sorted(r["verdicts"]) for r in records]))
-        assert len(parts) == len(cohorts) == 1
+def test_halving_gives_the_better_half_twice_the_rounds(recipe, tmp_path):
+    said = []
+    rates = "1e-2,3e-3,1e-6,1e-7"
+    made = comparison(
+        recipe,
+        tmp_path,
+        methods="lora",
+        seeds="0",
+        skews=None,
+        lrs={"lora": rates},
+        tune="halving",
+        tune_rounds=2,
+    )
+    (setting,) = made.settings
+    assert made.rungs(setting, "lora") == [(4, 1), (2, 2)]
+    compare_methods(made, tmp_path / "out", said.append)
+    names = sorted(p.name for p in (tmp_path / "out" / "tune").glob("*/*"))
+    assert len(names) == 6
+    first = {
+        name: json.loads((tmp_path / "out" / "tune" / setting.slug / name / "result.json").read_text())[
+            "final"
+        ]
+        for name in names
+        if name.endswith("rounds1")
+    }
+    second = {name.removesuffix("rounds2") for name in names if name.endswith("rounds2")}
+    best = sorted(first.values())[-2:]
+    assert sorted(first[f"{name}rounds1"] for name in second) == best
 
 
-def test_tuning_never_sees_the_test_set_and_its_choice_is_used(folder: Path) -> None:
-    assert sorted(p.name for p in (folder / "tune").iterdir()) == ["lora-lr0.01", "lora-lr1e-06"]
-    scores = {}
-    for run in (folder / "tune" / "lora-lr0.01", folder / "tune" / "lora-lr1e-06"):
-        config = yaml.safe_load((run / "config.yaml").read_text())
-        assert config["data"]["evaluate_on"] == "validation"
-        assert config["rounds"] == 2
-        scores[config["client"]["lr"]] = json.loads((run / "result.json").read_text())["final"]
-    best = max(scores, key=lambda lr: scores[lr])
-    used = yaml.safe_load((folder / "cells" / "lora-seed1" / "config.yaml").read_text())
-    assert used["client"]["lr"] == best
-    assert used["data"]["evaluate_on"] == "test"
+def test_a_best_rate_at_the_edge_of_those_tried_is_said(recipe, tmp_path):
+    said = []
+    made = comparison(
+        recipe, tmp_path, methods="lora", seeds="0", skews=None, lrs={"lora": "1e-2,1e-7,1e-8"}, tune_rounds=2
+    )
+    compare_methods(made, tmp_path / "out", said.append)
+    assert any("at the edge" in line and "0.01" in line for line in said)
 
 
-def test_tables_hold_mean_spread_and_paired_difference(folder: Path) -> None:
-    with (folder / "cells.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    scores = {m: [100 * float(r["metric"]) for r in rows if r["method"] == m] for m in ("federa", "lora")}
-    lines = (folder / "table.md").read_text().splitlines()
-    mean = sum(scores["lora"]) / 2
-    spread = abs(scores["lora"][0] - scores["lora"][1]) / 2**0.5
-    lora = next(line for line in lines if line.startswith("| lora"))
-    assert f"{mean:.1f} ± {spread:.1f}" in lora
-    gap = sum(a - b for a, b in zip(scores["lora"], scores["federa"], strict=True)) / 2
-    assert f"{gap:+.1f} ± " in lora
-    latex = (folder / "table.tex").read_text()
-    assert latex.count(r"\\") == 4
-    assert r"$\pm$" in latex
+def test_two_at_a_time_give_what_one_at_a_time_gives(done, recipe, tmp_path):
+    _, _, outcome, _ = done
+    made = comparison({**recipe, "engine": {"name": "serial", "threads": 1}}, tmp_path, skews="iid", jobs=2)
+    again = compare_methods(made, tmp_path / "out", lambda line: None)
+    expected = {(r["seed"], r["method"]): r["metric"] for r in outcome.rows if r["skew"] == "iid"}
+    assert {(r["seed"], r["method"]): r["metric"] for r in again.rows} == expected
+
+
+def test_a_killed_comparison_leaves_nobody_behind_and_goes_on(recipe, tmp_path):
+    path = write({**recipe, "rounds": 40}, tmp_path / "recipe.yaml")
+    command = [
+        sys.executable,
+        "-m",
+        "federa.cli",
+        "compare",
+        path,
+        "--methods",
+        "federa,lora",
+        "--seeds",
+        "0",
+    ]
+    command += ["--jobs", "2", "--out", tmp_path / "out"]
+    with subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL) as process:
+        until = time.monotonic() + 120
+        while len(list(tmp_path.glob("out/cells/*/*/metrics.jsonl"))) < 2 and time.monotonic() < until:
+            time.sleep(0.05)
+        children = [
+            int(word)
+            for task in os.listdir(f"/proc/{process.pid}/task")
+            for word in Path(f"/proc/{process.pid}/task/{task}/children").read_text().split()
+        ]
+        assert children
+        process.send_signal(signal.SIGKILL)
+    until = time.monotonic() + 10
+    while any(alive(child) for child in children) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not any(alive(child) for child in children)
+    assert (
+        federa(
+            "compare",
+            path,
+            "--methods",
+            "federa,lora",
+            "--seeds",
+            "0",
+            "--jobs",
+            2,
+            "--out",
+            tmp_path / "out",
+        )
+        == 0
+    )
+    assert len(rows_of(tmp_path / "out")) == 2
+
+
+@pytest.mark.parametrize(
+    ("engine", "asked", "expected"), [("serial", None, "cores"), ("processes", None, 1), ("serial", 1, 1)]
+)
+def test_the_number_of_runs_at_a_time(recipe, engine, asked, expected, monkeypatch):
+    monkeypatch.setattr("federa.compare.execute.available_cores", lambda: 6)
+    config = parse_config({**recipe, "engine": {"name": engine}})
+    assert jobs_for(config, asked) == (6 if expected == "cores" else expected)
+    threads = parse_config({**recipe, "engine": {"name": "serial", "threads": 4}})
+    assert jobs_for(threads, None) == 1
+
+
+# What is said
+
+
+def test_tables_hold_mean_spread_and_paired_difference(done):
+    _, folder, outcome, _ = done
+    rows = [row for row in rows_of(folder) if row["skew"] == "iid"]
+    one, other = ([100 * float(r["metric"]) for r in rows if r["method"] == m] for m in ("federa", "lora"))
+    text = (folder / "table.md").read_text()
+    part = text[text.index(", iid, ") :]
+    lora = next(line for line in part.splitlines() if line.startswith("| lora"))
+    assert f"{np.mean(other):.1f} ± {np.std(other, ddof=1):.1f}" in lora
+    gaps = np.subtract(one, other)
+    assert f"{gaps.mean():+.1f} ± {gaps.std(ddof=1):.1f}" in lora
+    assert f"{(gaps > 0).sum() + 0.5 * (gaps == 0).sum():g} of 2" in lora
+    assert [title for title, _ in outcome.tables][-1] == ALL
+    whole = text[text.index(ALL) :]
+    lora = next(line for line in whole.splitlines() if line.startswith("| lora"))
+    every = [100 * float(r["metric"]) for r in rows_of(folder) if r["method"] == "lora"]
+    assert f"| {np.mean(every):.1f} |" in lora
+
+
+def test_the_files_open_in_what_they_are_for(done):
+    _, folder, _, _ = done
+    tex = (folder / "table.tex").read_text()
+    assert tex.count(r"\begin{tabular}") == tex.count(r"\end{tabular}") >= 3
+    assert r"$\pm$" in tex and "%" not in tex.replace(r"\%", "").replace("% ", "")
     page = (folder / "report.html").read_text()
-    assert all(method in page for method in ("FeDeRA", "LoRA", "BitFit"))
+    assert (
+        "FeDeRA" in page
+        and "LoRA" in page
+        and "http" not in page.split("<body")[1].split("<details")[0].replace("http://www.w3.org", "")
+    )
 
 
-def test_finished_cells_are_not_run_again(folder: Path, recipe: dict[str, Any]) -> None:
-    before = {p: p.stat().st_mtime_ns for p in folder.rglob("result.json")}
-    compare_methods(comparison(recipe), folder, lambda line: None)
-    assert {p: p.stat().st_mtime_ns for p in folder.rglob("result.json")} == before
+def test_costs_to_shares_of_the_references_best(done):
+    _, _, outcome, _ = done
+    assert {one.target.split(" of")[0] for one in outcome.reached} == {"80%", "90%", "95%"}
+    for one in outcome.reached:
+        assert "federa's best" in one.target, "ft is not among the methods: the first one stands for it"
+        cells = [r for r in outcome.rows if (r["setting"], r["method"]) == (one.setting, one.method)]
+        level = np.mean(
+            [r["best"] for r in outcome.rows if (r["setting"], r["method"]) == (one.setting, "federa")]
+        )
+        share = float(one.target.split("%")[0]) / 100
+        assert one.seeds == sum(r["best"] >= share * level for r in cells)
+        assert (one.rounds is None) == (one.seeds < one.of)
 
 
-def test_a_method_that_diverges_is_shown_as_failed(recipe: dict[str, Any], tmp_path: Path) -> None:
-    said: list[str] = []
+def test_a_method_that_diverges_is_shown_as_failed(recipe, tmp_path):
+    said = []
     recipe["max_update_norm"] = 1e-9  # every update is rejected
-    compare_methods(comparison(recipe, lrs=[], methods="federa"), tmp_path, said.append)
-    assert "failed" in (tmp_path / "table.md").read_text()
+    made = comparison(recipe, tmp_path, lrs=None, methods="federa", skews=None)
+    compare_methods(made, tmp_path / "out", said.append)
+    assert "failed" in (tmp_path / "out" / "table.md").read_text()
     assert "min_success" in said[0]
+
+
+def test_signs_of_the_formats_are_escaped():
+    lines = [["a|b", "5 % & _x"], ["± #", "$"]]
+    assert r"a\|b" in markdown(lines)
+    assert r"5 \% \& \_x" in latex(lines) and r"$\pm$ \# & \$" in latex(lines)
+
+
+def test_the_time_of_all_runs_is_estimated(recipe, tmp_path):
+    said = []
+    made = comparison(recipe, tmp_path)
+    seconds = time_estimate(made, said.append)
+    assert len(said) == 4 and 0 < seconds < 600
+
+
+# How it is asked for
+
+
+def test_a_recipe_may_hold_the_grid(recipe, tmp_path, train_csv):
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "train.csv").write_text(train_csv.read_text())
+    write(recipe, tmp_path / "one.yaml")
+    write({**recipe, "data": {**recipe["data"], "train": str(other / "train.csv")}}, tmp_path / "two.yaml")
+    grid = {"recipes": ["one.yaml", "two.yaml"], "methods": ["lora", "ft"], "seeds": [4], "skews": ["iid"]}
+    write(
+        {"grid": {**grid, "lrs": {"ft": [1e-4]}}, "rounds": 5, "client": {"batch_size": 4}},
+        tmp_path / "grid.yaml",
+    )
+    made = Comparison.load([tmp_path / "grid.yaml"], ["cohort=2"], {"seeds": "7,8"})
+    assert len(made.settings) == 2 and made.settings[1].name.startswith("other, iid, ")
+    assert (
+        made.grid.seeds == (7, 8) and made.grid.methods == ("lora", "ft") and made.grid.lrs == {"ft": (1e-4,)}
+    )
+    for setting in made.settings:
+        assert (
+            setting.config.rounds == 5
+            and setting.config.client.batch_size == 4
+            and setting.config.cohort == 2
+        )
+        assert setting.config.method.rank == 4, "what the grid's file does not say is the recipe's"
+    assert federa("run", tmp_path / "grid.yaml") == 2
+
+
+def test_several_recipes_are_several_data_sets(recipe, tmp_path, test_csv):
+    one = write(recipe, tmp_path / "one.yaml")
+    two = write({**recipe, "data": {**recipe["data"], "train": str(test_csv)}}, tmp_path / "two.yaml")
+    with pytest.raises(FederaError, match="two settings are named"):
+        Comparison.load([one, one])
+    if test_csv.parent != tmp_path:
+        with pytest.raises(FederaError, match="two settings are named"):
+            Comparison.load([two, two])
 
 
 @pytest.mark.parametrize(
@@ -139,17 +357,54 @@ def test_a_method_that_diverges_is_shown_as_failed(recipe: dict[str, Any], tmp_p
     [
         ({"methods": "federa,lorra"}, "did you mean 'lora'"),
         ({"methods": "lora,lora"}, "different methods"),
-        ({"seeds": "0,x"}, "whole numbers"),
-        ({"lrs": ["ft=1e-3"]}, "not among --methods"),
-        ({"lrs": ["lora=fast"]}, "METHOD=LR"),
+        ({"methods": ""}, "different methods"),
+        ({"seeds": "0,x"}, r"grid\.seeds.*integer"),
+        ({"seeds": "1,1"}, "different seeds"),
+        ({"lrs": {"ft": "1e-3"}}, "'ft' is not among the methods federa, lora"),
+        ({"lrs": {"lora": "fast"}}, r"grid\.lrs.*number"),
+        ({"lrs": {"lora": "-1"}}, r"grid\.lrs.*greater than 0"),
+        ({"skews": "dirichlett:1"}, "did you mean 'dirichlet'"),
+        ({"skews": "iid:3"}, "iid takes no value"),
+        ({"skews": "dirichlet:much"}, r"partition\.alpha"),
+        ({"tune": "guess"}, r"grid\.tune"),
+        ({"tune_rounds": 0}, r"grid\.tune_rounds"),
+        ({"jobs": 0}, r"grid\.jobs"),
     ],
 )
-def test_mistakes_are_named(recipe: dict[str, Any], changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(FederaError, match=message):
-        comparison(recipe, **changes)
+def test_mistakes_are_named(recipe, tmp_path, changes, message):
+    with pytest.raises(FederaError, match=message) as error:
+        comparison(recipe, tmp_path, **changes)
+    assert "\n" not in str(error.value)
 
 
-def test_a_plan_names_every_run(recipe: dict[str, Any]) -> None:
-    lines = comparison(recipe).describe()
-    assert lines[-1] == "8 runs"
-    assert sum(line.startswith("tune") for line in lines) == 2
+def test_a_folder_that_is_something_else_is_left_alone(recipe, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    with pytest.raises(FederaError, match="is no comparison"):
+        compare_methods(comparison(recipe, tmp_path), tmp_path / "out", lambda line: None)
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine.txt"]
+
+
+def test_a_plan_counts_every_run(recipe, tmp_path):
+    lines = comparison(recipe, tmp_path).describe()
+    assert lines[-1] == "12 runs"
+    assert sum(line.startswith("  tune") for line in lines) == 2
+
+
+def test_a_dry_run_writes_nothing(recipe, tmp_path, capsys):
+    path = write({**recipe, "rounds": 2}, tmp_path / "recipe.yaml")
+    assert (
+        federa(
+            "compare", path, "--methods", "lora", "--lrs", "lora=1e-3", "--dry-run", "--out", tmp_path / "o"
+        )
+        == 0
+    )
+    out = capsys.readouterr().out
+    assert "4 runs" in out and "time expected" in out
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_slug_is_a_folder_everywhere(recipe):
+    name = Setting("mail/news, natural author, microsoft/deberta", parse_config(recipe)).slug
+    assert name == "mail-news-natural-author-microsoft-deberta"
+    assert Grid().methods == ("federa", "lora", "adapter", "bitfit", "ft")

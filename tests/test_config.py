@@ -8,7 +8,8 @@ import yaml
 from federa import FederaError, RunConfig, load_config
 from federa.config import REGISTRIES, parse_config, parse_override, read_yaml, set_key
 
-RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+FOLDER = Path(__file__).parents[1] / "recipes"
+RECIPES = sorted(path for path in FOLDER.glob("*.yaml") if "grid" not in read_yaml(path))
 REQUIRED = {("partition", "natural"): {"column": "author"}}
 COMPONENTS = [(kind, name) for kind, registry in REGISTRIES.items() for name in registry.names()]
 
@@ -232,7 +233,7 @@ REFUSED = [
     (["method.name=[lora]"], "unknown method ['lora']"),
     (["engine.name=spark"], "unknown engine 'spark'"),
     (["aggregator=krum"], "unknown aggregator 'krum'"),
-    (["track=wandb"], "track: unknown tracker 'wandb'"),
+    (["track=wandbb"], "track: unknown tracker 'wandbb'"),
     (["cohort=21"], "cohort: 21 clients a round, but partition.clients is 20"),
     (["partition.name=natural"], "partition.column: a value is needed"),
     (["rounds=0"], "rounds: input should be greater than or equal to 1, got 0"),

@@ -40,8 +40,10 @@ def test_the_partition_is_disjoint_exhaustive_and_counted(recipe):
     experiment = build(recipe)
     assert sorted(np.concatenate(experiment.parts)) == list(range(240))
     for part, counts in zip(experiment.parts, experiment.counts, strict=True):
-        assert list(counts) == [int(np.sum(experiment.train.labels[part] == group)) for group in range(3)]
-    assert experiment.group_names == experiment.labels == ["food", "sport", "tech"]
+        assert list(counts) == [
+            int(np.sum(experiment.train.targets["labels"][part] == group)) for group in range(3)
+        ]
+    assert experiment.groups.names == experiment.labels == ["food", "sport", "tech"]
 
 
 def test_a_client_builds_the_same_model_from_what_it_was_sent(recipe):
@@ -59,7 +61,7 @@ def test_the_seed_draws_head_and_partition_but_not_the_test_set(recipe):
     one, other = build(recipe, seed=1), build(recipe, seed=2)
     assert not torch.equal(one.params["classifier.weight"], other.params["classifier.weight"])
     assert [list(p) for p in one.parts] != [list(p) for p in other.parts]
-    assert np.array_equal(one.evaluation.labels, other.evaluation.labels)
+    assert np.array_equal(one.evaluation.targets["labels"], other.evaluation.targets["labels"])
     name = "bert.encoder.layer.0.attention.self.query.lora_A"
     assert torch.equal(one.params[name], other.params[name]), "principal components are no matter of chance"
 
@@ -86,19 +88,19 @@ def with_counts(experiment, counts):
 )
 def test_rows_that_stand_for_a_client_have_its_mix(recipe, counts, expected):
     experiment = with_counts(build(recipe), [counts] * 6)
-    rows = experiment.client_rows(4)
-    assert np.bincount(experiment.evaluation.labels[rows], minlength=3).tolist() == expected
+    rows = experiment.client_examples(4)
+    assert np.bincount(experiment.evaluation.targets["labels"][rows], minlength=3).tolist() == expected
     assert len(set(rows)) == len(rows) and list(rows) == sorted(rows)
-    assert list(experiment.client_rows(4)) == list(rows)
+    assert list(experiment.client_examples(4)) == list(rows)
     if len(rows) < 90 and expected != [30, 0, 0]:
-        assert list(experiment.client_rows(3)) != list(rows), "every client draws its own"
+        assert list(experiment.client_examples(3)) != list(rows), "every client draws its own"
 
 
 def test_at_most_so_many_rows_stand_for_a_client(recipe, monkeypatch):
     monkeypatch.setattr("federa.experiment.CLIENT_TEST_EXAMPLES", 12)
     experiment = with_counts(build(recipe), [[1, 1, 2]] * 6)
-    rows = experiment.client_rows(0)
-    assert np.bincount(experiment.evaluation.labels[rows], minlength=3).tolist() == [3, 3, 6]
+    rows = experiment.client_examples(0)
+    assert np.bincount(experiment.evaluation.targets["labels"][rows], minlength=3).tolist() == [3, 3, 6]
     assert CLIENT_TEST_EXAMPLES == 200
 
 
@@ -106,9 +108,9 @@ def test_a_client_without_rows_to_stand_for_it_has_none(recipe, tmp_path, test_c
     only = [line for line in test_csv.read_text().splitlines() if not line.endswith("tech")]
     (tmp_path / "test.csv").write_text("\n".join(only) + "\n")
     experiment = with_counts(build(recipe, data__test=str(tmp_path / "test.csv")), [[0, 0, 9], [1, 1, 2]])
-    assert len(experiment.client_rows(0)) == 0
-    rows = experiment.client_rows(1)
-    assert set(experiment.evaluation.labels[rows]) == {0, 1}
+    assert len(experiment.client_examples(0)) == 0
+    rows = experiment.client_examples(1)
+    assert set(experiment.evaluation.targets["labels"][rows]) == {0, 1}
 
 
 def test_evaluation_batches_hold_every_row_once_the_longest_first(recipe):

@@ -1,5 +1,6 @@
 """What leaves a run opens elsewhere and says the same; what cannot leave is refused and leaves nothing behind."""
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -125,7 +126,7 @@ def logits_of(model, folder):
 def expected_logits(folder, base_of, family="bert"):
     """Return the run's logits, having made sure that all that it trained has moved them."""
     predictor = load(folder)
-    logits = torch.cat(list(predictor.logits(TEXTS)))
+    logits = torch.cat(list(predictor.outputs(TEXTS)))
     start = load_pretrained(
         ModelConfig(name=str(base_of(family))),
         "AutoModelForSequenceClassification",
@@ -186,7 +187,7 @@ def test_a_new_pooler_travels_in_the_adapter(trained, base_of, tmp_path):
     torch.manual_seed(99)
     base = transformers.AutoModelForSequenceClassification.from_pretrained(bare, num_labels=3)
     model = peft.PeftModel.from_pretrained(base, target)
-    expected = torch.cat(list(load(folder).logits(TEXTS)))
+    expected = torch.cat(list(load(folder).outputs(TEXTS)))
     torch.testing.assert_close(logits_of(model, target), expected, atol=1e-5, rtol=0)
 
 
@@ -199,7 +200,7 @@ def test_a_pooler_that_was_trained_travels_in_the_adapter(trained, base_of, tmp_
     model = peft.PeftModel.from_pretrained(base, target)
     predictor = load(folder)
     assert (predictor.model.bert.pooler.dense.weight - before).abs().max() > 1e-3
-    expected = torch.cat(list(predictor.logits(TEXTS)))
+    expected = torch.cat(list(predictor.outputs(TEXTS)))
     torch.testing.assert_close(logits_of(model, target), expected, atol=1e-5, rtol=0)
 
 
@@ -222,7 +223,7 @@ def test_a_plugin_with_lora_layers_is_exported_too(recipe, tmp_path):
         base = transformers.AutoModelForSequenceClassification.from_pretrained(
             recipe["model"]["name"], num_labels=3
         )
-        expected = torch.cat(list(load(tmp_path / "run").logits(TEXTS)))
+        expected = torch.cat(list(load(tmp_path / "run").outputs(TEXTS)))
         model = peft.PeftModel.from_pretrained(base, target)
         torch.testing.assert_close(logits_of(model, target), expected, atol=1e-5, rtol=0)
     finally:
@@ -274,9 +275,9 @@ def test_merged_works_in_a_pipeline(trained, tmp_path):
         "text-classification", str(export(folder, tmp_path / "merged", "merged"))
     )
     ours = list(load(folder).predict(TEXTS))
-    for theirs, (label, probability) in zip(classify(TEXTS), ours, strict=True):
-        assert theirs["label"] == label
-        assert theirs["score"] == pytest.approx(probability, abs=1e-5)
+    for theirs, answer in zip(classify(TEXTS), ours, strict=True):
+        assert theirs["label"] == answer["label"]
+        assert theirs["score"] == pytest.approx(answer["probability"], abs=1e-5)
 
 
 # federa's own
@@ -285,11 +286,11 @@ def test_merged_works_in_a_pipeline(trained, tmp_path):
 def test_the_own_format_opens_with_federa_load(trained, tmp_path):
     folder = trained("adapter")
     target = export(folder, tmp_path / "own")
-    expected, found = (torch.cat(list(load(f).logits(TEXTS))) for f in (folder, target))
+    expected, found = (torch.cat(list(load(f).outputs(TEXTS))) for f in (folder, target))
     assert torch.equal(found, expected)
     assert not (target / "metrics.jsonl").exists()
     again = export(target, tmp_path / "again")
-    assert torch.equal(torch.cat(list(load(again).logits(TEXTS))), expected)
+    assert torch.equal(torch.cat(list(load(again).outputs(TEXTS))), expected)
 
 
 def test_the_default_format_is_the_methods_first(trained, tmp_path):
@@ -371,7 +372,7 @@ def test_local_heads_have_no_global_model(trained, tmp_path):
 
 def test_another_base_is_refused(own_run, tmp_path):
     folder, base = own_run()
-    assert list(load(folder).logits(TEXTS))
+    assert list(load(folder).outputs(TEXTS))
     model = transformers.AutoModel.from_pretrained(base)
     with torch.no_grad():
         model.encoder.layer[0].intermediate.dense.weight[0, 0] += 1e-4
@@ -409,18 +410,18 @@ def test_damaged_files_are_refused(own_run, tmp_path, file):
 
 def test_predictions_are_the_softmax_of_the_logits(trained):
     predictor = load(trained("federa-scaled"))
-    logits = torch.cat(list(predictor.logits(TEXTS, batch_size=2)))
+    logits = torch.cat(list(predictor.outputs(TEXTS, batch_size=2)))
     assert logits.shape == (5, 3)
-    torch.testing.assert_close(logits, torch.cat(list(predictor.logits(TEXTS))), atol=1e-5, rtol=0)
-    for (label, probability), row in zip(predictor.predict(TEXTS, batch_size=2), logits, strict=True):
-        assert label == ["food", "sport", "tech"][int(row.argmax())]
-        assert probability == pytest.approx(float(row.softmax(0).max()), abs=1e-5)
+    torch.testing.assert_close(logits, torch.cat(list(predictor.outputs(TEXTS))), atol=1e-5, rtol=0)
+    for answer, row in zip(predictor.predict(TEXTS, batch_size=2), logits, strict=True):
+        assert answer["label"] == ["food", "sport", "tech"][int(row.argmax())]
+        assert answer["probability"] == pytest.approx(float(row.softmax(0).max()), abs=1e-5)
     assert list(predictor.predict([])) == []
 
 
 def test_predictions_leave_gradients_and_modes_of_the_caller_alone(trained):
     predictor = load(trained("federa-scaled"))
-    for _ in predictor.logits(TEXTS, batch_size=2):
+    for _ in predictor.outputs(TEXTS, batch_size=2):
         assert not torch.is_inference_mode_enabled()
         assert torch.is_grad_enabled()
     assert not predictor.model.training
@@ -434,12 +435,12 @@ def test_predictions_are_those_that_the_run_measured(trained):
     params = RunDirectory(folder).load_checkpoint().params
     rows = np.arange(len(experiment.evaluation))
     measured = torch.from_numpy(np.stack(next(experiment.predict(params, [rows]))))
-    table = read_splits(config.data).evaluation
+    table = read_splits(config.data, config.task).evaluation
     predictor = load(folder)
     torch.testing.assert_close(
-        torch.cat(list(predictor.logits(list(table["text"])))), measured, atol=1e-5, rtol=0
+        torch.cat(list(predictor.outputs(list(table["text"])))), measured, atol=1e-5, rtol=0
     )
-    assert [predictor.labels[i] for i in experiment.evaluation.labels] == list(table["label"])
+    assert [predictor.labels[i] for i in experiment.evaluation.targets["labels"]] == list(table["label"])
 
 
 def test_a_text_longer_than_the_model_is_cut_as_in_training(own_run):
@@ -448,14 +449,19 @@ def test_a_text_longer_than_the_model_is_cut_as_in_training(own_run):
     config = folder / "config.yaml"
     config.write_text(config.read_text().replace("max_length: 32", "max_length: 4096"))
     predictor = load(folder)
-    assert predictor.max_length == 64
-    (logits,) = predictor.logits(["goal " * 500])
+    assert predictor.task.max_length == 4096
+    (logits,) = predictor.outputs(["goal " * 500])
     assert torch.isfinite(logits).all()
 
 
 def test_pairs_of_texts(trained):
     predictor = load(trained("federa-scaled"))
-    (pairs,) = predictor.logits([("goal team", "soup cook"), ("goal", "bread")])
-    (joined,) = predictor.logits(["goal team [SEP] soup cook", "goal [SEP] bread"])
+    for wrong in ([("goal team", "soup cook")], [{"words": "goal"}], [3]):
+        with pytest.raises(FederaError, match="example 0: this run reads text, got"):
+            list(predictor.predict(wrong))
+    data = predictor.data.model_copy(update={"text_pair_column": "second"})
+    two = dataclasses.replace(predictor, columns=("text", "second"), data=data)
+    (pairs,) = two.outputs([("goal team", "soup cook"), {"second": "bread", "text": "goal"}])
+    (joined,) = predictor.outputs(["goal team [SEP] soup cook", "goal [SEP] bread"])
     assert pairs.shape == (2, 3)
     torch.testing.assert_close(pairs, joined, atol=1e-5, rtol=0)

@@ -12,7 +12,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # Low to high; a module imports from its own layer or from lower ones. The last are the edges: nothing imports them.
 LAYERS = [
     ("types", "seeds", "machine"),
-    ("state", "registry"),
+    ("state", "registry", "statistics"),
     (
         "models",
         "cpu",
@@ -24,10 +24,10 @@ LAYERS = [
         "trackers",
         "report",
     ),
-    ("client", "server"),
+    ("client", "server", "diagnostics"),
     ("engines",),
     ("config",),
-    ("experiment", "environment", "checkpoint"),
+    ("experiment", "evaluation", "environment", "checkpoint"),
     ("run",),
     ("export", "plan", "starter", "testing", "progress", "compare", "bench", "recipe_edit"),
     ("cli", "__init__"),
@@ -36,7 +36,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # Within the layer of the edges: what the two that print may use.
 EDGES = {
     "progress": set(),
-    "compare": {"progress"},
+    "compare": {"progress", "plan"},
     "export": set(),
     "plan": set(),
     "bench": set(),

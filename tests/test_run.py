@@ -13,6 +13,7 @@ import federa as package
 from federa import run
 from federa.cpu import native
 from federa.environment import environment
+from federa.evaluation import Evaluator
 from federa.experiment import Experiment
 from federa.run import Observer
 from federa.server import make_jobs
@@ -92,7 +93,7 @@ def test_a_run_directory_holds_what_scripts_rely_on(recipe, tmp_path):
     assert summary["seconds_rounds"] == pytest.approx(sum(r["seconds_round"] for r in records))
     assert summary["seconds_train"] == pytest.approx(sum(r["seconds_train"] for r in records))
     assert summary["trainable_parameters"] == sum(t.numel() for t in init.values()) == size // 4
-    assert set(summary["seconds_start"]) == {"read", "load", "tokenise", "prepare"}
+    assert set(summary["seconds_start"]) == {"read", "load", "tokenise", "partition", "prepare"}
 
     held = json.loads((folder / "partition.json").read_text())
     assert held["client_sizes"] == sizes and sum(sizes) == 240 and held["groups"] == ["food", "sport", "tech"]
@@ -129,18 +130,18 @@ def test_loss_and_accuracy_are_those_of_the_clients_and_of_the_state(recipe):
     (record,) = result.records
     assert record["loss"] == pytest.approx(loss)
     guesses = outputs_of(experiment, result.state.params, range(90)).argmax(axis=1)
-    assert record["accuracy"] == pytest.approx(np.mean(guesses == experiment.evaluation.labels))
+    assert record["accuracy"] == pytest.approx(np.mean(guesses == experiment.evaluation.targets["labels"]))
 
 
 def test_per_client_numbers(recipe, monkeypatch):
     """Mean, 10th percentile and worst over clients, written out with lists; a model that guesses tells them apart."""
     guesses = np.random.default_rng(0).integers(0, 3, 90)
-    monkeypatch.setattr(loop, "_outputs", lambda *args: list(np.eye(3, dtype=np.float32)[guesses]))
+    monkeypatch.setattr(Evaluator, "predictions", lambda *args: [(int(guess), 1.0) for guess in guesses])
     result = run(configure(recipe, **FAST))
     experiment = build(recipe)
-    truth, scores = experiment.evaluation.labels, []
+    truth, scores = experiment.evaluation.targets["labels"], []
     for client in range(6):
-        right = [int(guesses[row] == truth[row]) for row in experiment.client_rows(client)]
+        right = [int(guesses[row] == truth[row]) for row in experiment.client_examples(client)]
         scores.append(sum(right) / len(right))
     low, next_, *_ = sorted(scores)
     assert low < next_, "clients that are all alike show nothing"
@@ -157,9 +158,9 @@ def test_per_client_numbers_are_of_the_last_state(recipe):
     result = run(configure(recipe, rounds=2))
     experiment, scores = build(recipe), []
     for client in range(6):
-        rows = experiment.client_rows(client)
+        rows = experiment.client_examples(client)
         guesses = outputs_of(experiment, result.state.params, rows).argmax(axis=1)
-        scores.append(np.mean(guesses == experiment.evaluation.labels[rows]))
+        scores.append(np.mean(guesses == experiment.evaluation.targets["labels"][rows]))
     assert result.summary["per_client"]["mean"] == pytest.approx(np.mean(scores))
     assert result.summary["per_client"]["worst"] == pytest.approx(min(scores))
 
@@ -210,7 +211,7 @@ def test_seeds_decide_everything(recipe):
 def scripted(monkeypatch, values):
     """Let the rounds have these accuracies."""
     left = iter(values)
-    monkeypatch.setattr(loop, "evaluate", lambda *args: {"accuracy": next(left)})
+    monkeypatch.setattr(Evaluator, "score", lambda *args: {"accuracy": next(left)})
 
 
 def test_early_stop_at_a_target_says_when_and_at_what_price(recipe, tmp_path, monkeypatch):
@@ -287,9 +288,9 @@ def test_local_heads_stay_with_their_clients(recipe, tmp_path):
         name = f"client-{client:06d}-round-{last[client]:06d}.safetensors"
         own, _ = load_state(tmp_path / "run" / "clients" / name)
         assert set(own) == head and not same(own, experiment.kept.start)
-        rows = experiment.client_rows(client)
+        rows = experiment.client_examples(client)
         guesses = outputs_of(experiment, result.state.params, rows, own).argmax(axis=1)
-        scores.append(np.mean(guesses == experiment.evaluation.labels[rows]))
+        scores.append(np.mean(guesses == experiment.evaluation.targets["labels"][rows]))
     record = result.records[-1]
     assert record["clients_evaluated"] == len(last) < 6 and "macro_f1" not in record
     assert record["accuracy"] == pytest.approx(np.mean(scores)) == result.summary["final"]
@@ -315,11 +316,11 @@ def test_a_local_head_goes_on_from_where_its_client_left_it(recipe):
 
 
 def test_of_many_local_heads_a_drawn_part_is_evaluated(recipe, monkeypatch):
-    monkeypatch.setattr(loop, "MAX_CLIENTS_WITH_OWN_HEAD", 2)
+    monkeypatch.setattr("federa.evaluation.MAX_CLIENTS_WITH_OWN_HEAD", 2)
     asked = []
-    rows = Experiment.client_rows
+    rows = Experiment.client_examples
     monkeypatch.setattr(
-        Experiment, "client_rows", lambda self, client: (asked.append(client), rows(self, client))[1]
+        Experiment, "client_examples", lambda self, client: (asked.append(client), rows(self, client))[1]
     )
     result = run(configure(recipe, method__head="local", rounds=1, client__max_steps=1))
     assert result.records[0]["clients_evaluated"] == 2

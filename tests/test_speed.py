@@ -81,7 +81,7 @@ def test_a_tables_tokens_are_made_once(recipe, monkeypatch) -> None:
     first, second = build(recipe), build(recipe, seed=5, client__lr=0.1)
     assert len(calls) == 2
     assert first.train is second.train
-    assert np.array_equal(first.train.labels, second.train.labels)
+    assert np.array_equal(first.train.targets["labels"], second.train.targets["labels"])
     build(recipe, task__max_length=8)
     assert len(calls) == 4
     build(recipe, data__max_train=30)

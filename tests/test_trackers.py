@@ -1,12 +1,11 @@
 """Where the numbers of a run go beside its own files."""
 
 import json
-import sys
 
 import pytest
 
 from federa import FederaError, run
-from federa.trackers import TRACKERS, TensorBoard
+from federa.trackers import TRACKERS
 from running import configure, short_reports, tree
 
 
@@ -61,10 +60,11 @@ def test_a_tracker_gets_what_is_in_the_metrics_and_is_closed(recipe, tmp_path, m
     assert (seen, closed) == ([1, 2, 3], [2, 3]), "a resume goes on, and tells no round twice"
 
 
-def test_a_package_that_is_missing_is_a_mistake_that_leaves_no_trace(recipe, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(FederaError, match=r"pip install 'federa\[tensorboard\]'"):
-        TensorBoard(tmp_path)
-    with pytest.raises(FederaError, match="track: tensorboard needs its package"):
-        run(configure(recipe, track=["tensorboard"]), tmp_path / "run")
+@pytest.mark.parametrize("name", ["tensorboard", "trackio", "wandb", "mlflow"])
+def test_a_package_that_is_missing_is_a_mistake_that_leaves_no_trace(recipe, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(TRACKERS[name], "package", "federa_not_there")
+    with pytest.raises(
+        FederaError, match=rf"^track: {name} needs its package: pip install 'federa\[{name}\]'$"
+    ):
+        run(configure(recipe, track=[name]), tmp_path / "run")
     assert tree(tmp_path) == {}

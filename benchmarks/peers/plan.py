@@ -105,7 +105,9 @@ def write_plan(workload: Workload, folder: Path) -> None:
         raise SystemExit(f"plan: expected rows of {workload.tokens} tokens and equal clients, got {lengths}")
     cohorts, orders = schedule(experiment, workload.rounds)
     inputs = data.features["input_ids"].values.reshape(-1, workload.tokens)
-    np.savez(folder / "plan.npz", inputs=inputs, labels=data.labels, cohorts=cohorts, orders=orders)
+    np.savez(
+        folder / "plan.npz", inputs=inputs, labels=data.targets["labels"], cohorts=cohorts, orders=orders
+    )
     save_state(folder / "init.safetensors", experiment.params, {})
     settings = {"workload": vars(workload), "model_folder": model}
     (folder / "plan.json").write_text(json.dumps(settings, indent=1))

@@ -6,6 +6,7 @@ init.safetensors               the round-0 state, kept for ever
 partition.json, labels.json    who holds what, and the names of the labels
 checkpoint/state.safetensors   the last finished round
 metrics.jsonl                  one object a round
+diagnostics.jsonl              one object a round, where the recipe asks for it
 result.json, report.html       at the end
 """
 
@@ -37,6 +38,7 @@ class RunDirectory:
         self.init = path / "init.safetensors"
         self.state = path / "checkpoint" / "state.safetensors"
         self.metrics = path / "metrics.jsonl"
+        self.diagnostics = path / "diagnostics.jsonl"
         self.result = path / "result.json"
         self.report = path / "report.html"
         self.kept = path / "clients"
@@ -114,12 +116,11 @@ class RunDirectory:
 
         return ServerState(int(metadata["round"]), part("params/"), part("opt/"))
 
-    def append(self, record: Record) -> None:
-        """Add a round's line to the metrics, and see it to the disk."""
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+    def append(self, record: Record, diagnostics: Record | None = None) -> None:
+        """Add a round's line to the metrics, and its diagnostics if there are any, and see it to the disk."""
+        if diagnostics is not None:
+            _append(self.diagnostics, diagnostics)
+        _append(self.metrics, record)
 
     def records(self) -> list[Record]:
         """Return the metrics of the rounds so far; a line that a crash cut short is left out.
@@ -127,15 +128,7 @@ class RunDirectory:
         Raises:
             FederaError: a whole line that is not JSON.
         """
-        if not self.metrics.is_file():
-            return []
-        lines = self.metrics.read_text(encoding="utf-8").split("\n")[:-1]
-        try:
-            return [json.loads(line) for line in lines]
-        except json.JSONDecodeError as error:
-            raise FederaError(
-                f"{self.metrics} holds a line that is not JSON; it was changed by hand"
-            ) from error
+        return _records(self.metrics)
 
     def rewind(self, rounds: int) -> list[Record]:
         """Drop the metrics after the given number of rounds, and return the rest.
@@ -145,14 +138,38 @@ class RunDirectory:
         Raises:
             FederaError: a line of a finished round is missing.
         """
-        kept = [record for record in self.records() if record["round"] <= rounds]
+        kept = _rewound(self.metrics, rounds)
         if [record["round"] for record in kept] != list(range(1, rounds + 1)):
             raise FederaError(
                 f"{self.metrics} does not hold every round up to {rounds}; it was changed by hand"
             )
-        text = "".join(json.dumps(record) + "\n" for record in kept)
-        write_atomically(self.metrics, text.encode())
+        if self.diagnostics.is_file():
+            _rewound(self.diagnostics, rounds)
         return kept
+
+
+def _append(file: Path, record: Record) -> None:
+    with file.open("a", encoding="utf-8") as lines:
+        lines.write(json.dumps(record) + "\n")
+        lines.flush()
+        os.fsync(lines.fileno())
+
+
+def _records(file: Path) -> list[Record]:
+    if not file.is_file():
+        return []
+    lines = file.read_text(encoding="utf-8").split("\n")[:-1]
+    try:
+        return [json.loads(line) for line in lines]
+    except json.JSONDecodeError as error:
+        raise FederaError(f"{file} holds a line that is not JSON; it was changed by hand") from error
+
+
+def _rewound(file: Path, rounds: int) -> list[Record]:
+    """Keep the lines of the first rounds, and return them."""
+    kept = [record for record in _records(file) if record["round"] <= rounds]
+    write_atomically(file, "".join(json.dumps(record) + "\n" for record in kept).encode())
+    return kept
 
 
 def _flock(file: BinaryIO) -> bool:

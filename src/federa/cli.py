@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
@@ -136,36 +137,74 @@ def _show_plan(config: RunConfig, *, as_json: bool) -> None:
 def compare(
     arguments: Annotated[
         Optional[list[str]],  # noqa: UP045
-        typer.Argument(metavar="[RECIPE.yaml] [KEY=VALUE ...]", help="What the cells have in common."),
+        typer.Argument(
+            metavar="[RECIPE.yaml ...] [KEY=VALUE ...]",
+            help="One recipe a data set, or one with a `grid` section; what all runs have in common.",
+        ),
     ] = None,
     *,
-    methods: Annotated[str, typer.Option(help="Methods, with commas.")] = "federa,lora,adapter,bitfit,ft",
-    seeds: Annotated[str, typer.Option(help="Seeds, with commas.")] = "0,1,2",
+    methods: Annotated[Optional[str], typer.Option(help="Methods, with commas.")] = None,  # noqa: UP045
+    seeds: Annotated[Optional[str], typer.Option(help="Seeds, with commas.")] = None,  # noqa: UP045
+    skews: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Partitions, with commas: dirichlet:0.1,fednlp:1,iid."),
+    ] = None,
+    models: Annotated[Optional[str], typer.Option(help="Models, with commas.")] = None,  # noqa: UP045
     lrs: Annotated[
         Optional[list[str]],  # noqa: UP045
-        typer.Option("--lrs", help="METHOD=LR,LR,...: tune it among these on held-out training rows."),
+        typer.Option("--lrs", help="METHOD=LR,LR,...: tune it among these on held-out training examples."),
     ] = None,
+    tune: Annotated[Optional[str], typer.Option(help="How: grid or halving.")] = None,  # noqa: UP045
     tune_rounds: Annotated[Optional[int], typer.Option(help="Rounds of a tuning run.")] = None,  # noqa: UP045
+    jobs: Annotated[Optional[int], typer.Option(help="Runs at a time.")] = None,  # noqa: UP045
     out: OutOption = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the cells; run nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the runs and the time they take; run nothing.")
+    ] = False,
 ) -> None:
-    """Run methods x seeds on one recipe, same partitions and cohorts; finished cells are not run again."""
+    """Run methods x seeds x settings on the same clients; what is finished is not run again."""
     from federa import progress
-    from federa.compare import Comparison, compare_methods
-    from federa.config import load_config
+    from federa.compare import Comparison, compare_methods, terminal_table, time_estimate
 
-    recipe, overrides = _split(arguments or [])
-    config = load_config(recipe, overrides)
-    comparison = Comparison.parse(config, methods, seeds, lrs or [], tune_rounds)
+    words = arguments or []
+    recipes, overrides = [Path(word) for word in words if "=" not in word], [w for w in words if "=" in w]
+    options: dict[str, Any] = {
+        "methods": methods,
+        "seeds": seeds,
+        "skews": skews,
+        "models": models,
+        "tune": tune,
+    }
+    options |= {"tune_rounds": tune_rounds, "jobs": jobs, "lrs": _rates(lrs or []) or None}
+    comparison = Comparison.load(recipes, overrides, options)
     console = progress.console()
-    if dry_run:
-        for line in comparison.describe():
-            console.print(line, highlight=False)
-        return
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False)
+
     folder = out or Path("runs") / "compare"
-    table = compare_methods(comparison, folder, lambda line: console.print(line, highlight=False))
-    console.print(table)
-    console.print(f"written: {folder}/cells.csv, table.md, table.tex, report.html", highlight=False)
+    for line in comparison.describe():
+        say(line)
+    if dry_run or not folder.exists():
+        seconds = time_estimate(comparison, lambda line: say(f"  {line}"))
+        say(f"time expected: {progress.readable_seconds(seconds)}")
+    if dry_run:
+        return
+    outcome = compare_methods(comparison, folder, say)
+    for title, lines in outcome.tables:
+        console.print(terminal_table(title, lines))
+    say(f"written: {folder}/cells.csv, table.md, table.tex, report.html")
+
+
+def _rates(words: list[str]) -> dict[str, str]:
+    """Return the rates of every `METHOD=LR,LR`; those of one method that is given twice are joined."""
+    rates: dict[str, str] = {}
+    for word in words:
+        method, equals, values = word.partition("=")
+        if not equals:
+            raise FederaError(f"--lrs {word}: expected METHOD=LR,LR,...")
+        rates[method] = f"{rates[method]},{values}" if method in rates else values
+    return rates
 
 
 @app.command()
@@ -262,54 +301,14 @@ def predict(
         typer.Option(help="The text column of a table; default: the one that the run was trained on."),
     ] = None,
 ) -> None:
-    """Label texts with a trained model: one JSON object a line, in the order of the input."""
-    from federa.export import load
+    """Predict with a trained model: one JSON object an example, in the order of the input."""
+    from federa.export import load, read_examples
 
     model = load(folder)
-    columns = (column, *model.columns[1:]) if column is not None else model.columns
-    texts = _table_texts(file, columns) if file is not None and _is_table(file) else _lines(file, columns)
-    for text, (label, probability) in zip(texts, model.predict(texts), strict=True):
-        row = {"label": label, "probability": round(probability, 6), "text": text}
-        print(json.dumps(row, ensure_ascii=False))
-
-
-def _is_table(file: Path) -> bool:
-    return file.suffix.lower() in (".csv", ".tsv", ".jsonl", ".json", ".parquet")
-
-
-def _table_texts(file: Path, columns: tuple[str, ...]) -> list[str | tuple[str, str]]:
-    """Return the texts (or pairs of texts) of a table."""
-    from federa.data.datasets import read_table
-
-    table = read_table(str(file), "predict")
-    for column in columns:
-        if column not in table.column_names:
-            raise FederaError(f"{file} has no column {column!r}; it has {', '.join(table.column_names)}")
-        wrong = next((i for i, value in enumerate(table[column]) if not isinstance(value, str)), None)
-        if wrong is not None:
-            raise FederaError(f"{file}: row {wrong} of column {column!r} is not a text")
-    if len(columns) == 1:
-        return list(table[columns[0]])
-    return list(zip(table[columns[0]], table[columns[1]], strict=True))
-
-
-def _lines(file: Path | None, columns: tuple[str, ...]) -> list[str | tuple[str, str]]:
-    """Return the lines of a file or of standard input, of which none but the last ones may be blank."""
-    if len(columns) > 1:
-        raise FederaError(
-            f"this run reads pairs of texts; give a table with the columns {' and '.join(columns)}"
-        )
-    if file is not None and not file.is_file():
-        raise FederaError(f"{file} does not exist")
-    try:
-        content = sys.stdin.read() if file is None else file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise FederaError(f"{file or 'standard input'} is not text in UTF-8") from error
-    lines = content.rstrip().splitlines()
-    blank = next((i for i, line in enumerate(lines, 1) if not line.strip()), None)
-    if blank is not None:
-        raise FederaError(f"line {blank} of {file or 'standard input'} is blank; give one text a line")
-    return list(lines)
+    examples = read_examples(file, model.columns, column)
+    for example, answer in zip(examples, model.predict(examples), strict=True):
+        shown = dict(example) if isinstance(example, Mapping) else {"text": example}
+        print(json.dumps({**shown, **answer}, ensure_ascii=False))
 
 
 @app.command()

@@ -145,6 +145,7 @@ class Trainer:
         self.model = model
         self.task = task
         self.config = config
+        self.head = head
         self.flat = FlatParameters(model, head, bf16=config.precision == "bf16")
         self.device = self.flat.master.device
         self.shared = [name for name in self.flat.names if name not in local]

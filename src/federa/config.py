@@ -58,6 +58,8 @@ class RunConfig(BaseModel):
         min_success: the share of a cohort whose updates must count, else the round fails.
         max_update_norm: a longer update (L2 norm over all tensors) is rejected.
         target: stop when the task's primary metric reaches this.
+        diagnostics: write `diagnostics.jsonl`: how the updates of each round lie to each other
+            (`diagnose`). The cohort's updates are kept for it, which is little for PEFT and much for `ft`.
         track: trackers that get every round's metrics, `tensorboard` for example.
         device: `auto | cpu | cuda | mps`.
         evaluate_batch_size: examples a batch in evaluation.
@@ -72,6 +74,7 @@ class RunConfig(BaseModel):
     min_success: float = Field(default=0.5, ge=0, le=1)
     max_update_norm: float = Field(default=1e4, gt=0)
     target: float | None = Field(default=None, allow_inf_nan=False)
+    diagnostics: bool = False
     track: Annotated[tuple[str, ...], BeforeValidator(_listed)] = ()
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     evaluate_batch_size: int = Field(default=64, ge=1)
@@ -206,13 +209,22 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return raw
 
 
-def load_config(recipe: Path | None = None, overrides: Iterable[str] = ()) -> RunConfig:
+def load_config(
+    recipe: Path | None = None, overrides: Iterable[str] = (), raw: dict[str, Any] | None = None
+) -> RunConfig:
     """Return a recipe file (or the embedded default) with `key=value` overrides.
+
+    Args:
+        recipe: the file, which relative paths in it are beside.
+        overrides: `key=value`.
+        raw: what the file holds, where it is read already.
 
     Raises:
         FederaError: anything wrong, in one line.
     """
-    raw = read_yaml(recipe) if recipe is not None else {}
+    raw = raw if raw is not None else read_yaml(recipe) if recipe is not None else {}
+    if "grid" in raw:
+        raise FederaError(f"recipe: {recipe} has a grid of runs; run it with: federa compare {recipe}")
     folder = recipe.parent if recipe is not None else Path.cwd()
     pairs = [parse_override(text) for text in overrides]
     raw |= {key: value for key, value in pairs if key == "plugins"}

@@ -19,7 +19,8 @@ from federa.config import RunConfig
 from federa.cpu import speed_up
 from federa.cpu.frozen import pack_all
 from federa.data.batches import Encoded, Ragged, evaluation_batches
-from federa.data.datasets import read_splits
+from federa.data.datasets import Splits, read_splits
+from federa.data.groups import CLUSTERS, Groups, clustered, column_values, embeddings, numbered
 from federa.data.partition import group_counts, partition_examples
 from federa.data.tokenised import tokenised
 from federa.methods import Setup
@@ -77,10 +78,11 @@ class Experiment:
         trainer: the resident model.
         train: the training set; a client's part of it is `parts[client]`.
         evaluation: what the server evaluates on.
-        parts: row numbers of each client.
+        parts: row numbers of each client, of whole examples.
         params: the round-0 state that travels.
         kept: what clients keep for themselves.
-        labels: label names; `group_names` those of what the partition skews on.
+        labels: label names.
+        groups: what the partition skews on.
         fingerprint: of the pretrained encoder.
         tokenizer: the model's.
         counts: examples by client and group, `(clients, groups)`.
@@ -97,7 +99,7 @@ class Experiment:
     params: State
     kept: KeptStates
     labels: list[str]
-    group_names: list[str]
+    groups: Groups
     fingerprint: str
     tokenizer: Any
     counts: IntArray
@@ -138,27 +140,27 @@ class Experiment:
         """Return a SHA-256 of all examples, labels and the partition: a resumed run must find the same."""
         digest = hashlib.sha256(json.dumps(self.labels).encode())
         for data in (self.train, self.evaluation):
-            ragged = [*data.features.values(), *([data.labels] if isinstance(data.labels, Ragged) else [])]
-            arrays = [array for one in ragged for array in (one.values, one.offsets)]
-            for array in [*arrays, *([] if isinstance(data.labels, Ragged) else [data.labels])]:
-                digest.update(np.ascontiguousarray(array).data)
+            for held in (*data.features.values(), *data.targets.values(), data.example):
+                arrays = [held.values, held.offsets] if isinstance(held, Ragged) else [held]
+                for array in arrays if held is not None else ():
+                    digest.update(np.ascontiguousarray(array).data)
         for part in self.parts:
             digest.update(part.data)
         return digest.hexdigest()
 
-    def client_rows(self, client: int) -> IntArray:
-        """Return evaluation rows that stand for a client: drawn at random with its mix of groups.
+    def client_examples(self, client: int) -> IntArray:
+        """Return evaluation examples that stand for a client: drawn at random with its mix of groups.
 
         The global evaluation set has no clients, so a client's test set is drawn to have the shares of groups
-        that its training rows have (at most 200 rows, none twice).
+        that its training examples have (at most 200, none twice).
         """
-        groups = self.config.task.groups(self.evaluation)
+        groups = self.groups.evaluation
         share = self.counts[client] / self.counts[client].sum()
-        available = np.bincount(groups, minlength=len(share))
+        available = np.bincount(groups[groups >= 0], minlength=len(share))
         held = (share > 0) & (available > 0)
         if not held.any():
             return np.zeros(0, dtype=np.int64)
-        # As many rows as keep the mix without using a row twice, but one at least.
+        # As many examples as keep the mix without using one twice, but one at least.
         total = max(1, min(CLIENT_TEST_EXAMPLES, int(np.min(available[held] / share[held]))))
         wanted = np.where(held, np.minimum(np.rint(share * total).astype(np.int64), available), 0)
         if not wanted.any():
@@ -194,6 +196,7 @@ def load_model(config: RunConfig, labels: Sequence[str]) -> Pretrained:
         seed=seed_for(config.seed, "head"),
         dropout=config.client.dropout,
         attention="eager" if on_cpu else "sdpa",
+        added_tokens=config.task.added_tokens,
     )
 
 
@@ -219,7 +222,7 @@ def build_experiment(
     """
     device = pick_device(config.device)
     seconds, began = {}, time.perf_counter()
-    splits = read_splits(config.data)
+    splits = read_splits(config.data, config.task)
     labels = config.task.labels(splits.train, config.data)
     seconds["read"] = time.perf_counter() - began
     began = time.perf_counter()
@@ -240,8 +243,11 @@ def build_experiment(
         for table in (splits.train, splits.evaluation)
     )
     seconds["tokenise"] = time.perf_counter() - began
-    groups = config.task.groups(train)
-    parts = _partition(config, splits.train, groups)
+    began = time.perf_counter()
+    groups = group_examples(config, splits, loaded, labels)
+    held = _partition(config, splits.train, groups.train)
+    parts = [train.rows_of(examples) for examples in held]
+    seconds["partition"] = time.perf_counter() - began
     if config.cohort > len(parts):
         raise FederaError(
             f"cohort: {config.cohort} clients a round, but the partition has {len(parts)} clients"
@@ -258,7 +264,6 @@ def build_experiment(
         speed_up(model)
     trainer = Trainer(model, loaded.head, local, config.task, config.client)
     pack_all(model)
-    names = config.task.group_names(labels)
     return Experiment(
         config=config,
         trainer=trainer,
@@ -268,10 +273,10 @@ def build_experiment(
         params=travelling,
         kept=KeptStates(kept, {name: t for name, t in start.items() if name in local}),
         labels=labels,
-        group_names=names,
+        groups=groups,
         fingerprint=loaded.fingerprint,
         tokenizer=loaded.tokenizer,
-        counts=group_counts(parts, groups, len(names)),
+        counts=group_counts(held, groups.train, len(groups.names)),
         sizes=sizes,
         seconds=seconds,
     )
@@ -289,14 +294,34 @@ def _sizes(config: RunConfig, loaded: Pretrained, start: State, travelling: Stat
     }
 
 
+def group_examples(config: RunConfig, splits: Splits, loaded: Pretrained, labels: Sequence[str]) -> Groups:
+    """Return what the recipe's partition skews on, for training and evaluation examples.
+
+    Raises:
+        FederaError: a column that is not there, or more clusters than examples.
+    """
+    task, tables = config.task, (splits.train, splits.evaluation)
+    by = task.group_by
+    if by is None:
+        own, others = (task.groups(table, config.data) for table in tables)
+        if own is not None and others is not None:
+            return numbered(own, others, labels if {*own} <= {*labels} else ())
+        by = getattr(config.partition, "column", None)  # no need to cluster what is parted by a column
+    if by is not None and by != CLUSTERS:
+        train = column_values(splits.train, by, "task.group_by")
+        test = by in splits.evaluation.column_names
+        return numbered(
+            train,
+            column_values(splits.evaluation, by, "task.group_by") if test else [""] * len(splits.evaluation),
+        )
+    one, other = (embeddings(loaded.model, loaded.tokenizer, task.texts(t, config.data)) for t in tables)
+    return clustered(one, other, task.clusters, seed_for(config.seed, "clusters") % 2**32)
+
+
 def _partition(config: RunConfig, table: Any, groups: IntArray) -> list[IntArray]:
-    """Split the training rows, by what the task offers or by the column that the partitioner names."""
+    """Split the training examples, by their groups or by the column that the partitioner names."""
     column = getattr(config.partition, "column", None)
     if column is not None:
-        if column not in table.column_names:
-            raise FederaError(
-                f"partition.column: the training table has no column {column!r}; "
-                f"it has {', '.join(table.column_names)}"
-            )
-        groups = np.unique([str(value) for value in table[column]], return_inverse=True)[1].astype(np.int64)
+        values = column_values(table, column, "partition.column")
+        groups = np.unique(values, return_inverse=True)[1].astype(np.int64)
     return partition_examples(config.partition, groups, config.seed)

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import datasets
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from federa.checkpoint import RunDirectory
 from federa.config import RunConfig, parse_config, read_yaml
+from federa.data.batches import Encoded
+from federa.data.datasets import DataConfig, read_table, require_columns
 from federa.experiment import load_model
 from federa.methods import Setup
 from federa.methods.base import ExportFormat
@@ -22,9 +27,11 @@ from federa.methods.lora import lora_layers
 from federa.models import require_base, resolve_model
 from federa.seeds import seed_for
 from federa.state import load_state
+from federa.tasks import Task
 from federa.types import FederaError, State
 
-Text: TypeAlias = str | tuple[str, str]
+Example: TypeAlias = str | Sequence[str] | Mapping[str, Any]
+Table = datasets.Dataset
 FORMATS: tuple[ExportFormat, ...] = ("peft", "merged", "federa")
 _FOLDER_FILES = ("config.yaml", "labels.json", "init.safetensors", "checkpoint/state.safetensors")
 
@@ -37,36 +44,109 @@ class Predictor:
         model: float32, in evaluation mode, on the CPU.
         tokenizer: its tokenizer.
         labels: label names, in the order of their ids.
-        max_length: tokens that a text is cut at.
-        columns: the run's text column, and the second one of a run on pairs.
+        task: what it was trained for.
+        columns: the columns of the run's data that a prediction needs: a text, a question and its context.
     """
 
     model: nn.Module
     tokenizer: Any
     labels: list[str]
-    max_length: int
-    columns: tuple[str, ...] = ("text",)
+    task: Task
+    columns: tuple[str, ...]
+    data: DataConfig
 
-    def logits(self, texts: Sequence[Text], batch_size: int = 32) -> Iterator[Tensor]:
-        """Yield logits for each batch of texts (or pairs of texts), `(batch, num_labels)`."""
-        for start in range(0, len(texts), batch_size):
-            batch = self.tokenizer(
-                list(texts[start : start + batch_size]),
-                truncation=True,
-                max_length=self.max_length,
-                padding=True,
-                return_tensors="pt",
-            )
-            with torch.inference_mode():
-                logits: Tensor = self.model(**batch).logits
-            yield logits
+    def table(self, examples: Sequence[Example]) -> Any:
+        """Return examples as a table with the run's columns.
 
-    def predict(self, texts: Sequence[Text], batch_size: int = 32) -> Iterator[tuple[str, float]]:
-        """Yield the most likely label of each text (or pair of texts), and its probability."""
-        for logits in self.logits(texts, batch_size):
-            best = logits.softmax(dim=-1).max(dim=-1)
-            for label, probability in zip(best.indices.tolist(), best.values.tolist(), strict=True):
-                yield self.labels[label], probability
+        Raises:
+            FederaError: an example that is not of the run's kind; it names it.
+        """
+        rows = [self._cells(example, row) for row, example in enumerate(examples)]
+        return Table.from_dict({name: [row[i] for row in rows] for i, name in enumerate(self.columns)})
+
+    def _cells(self, example: Example, row: int) -> Sequence[Any]:
+        width = len(self.columns)
+        if isinstance(example, Mapping) and all(column in example for column in self.columns):
+            return [example[column] for column in self.columns]
+        if width == 1 and isinstance(example, str):
+            return [self.task.from_text(example)]
+        if width == 1 and isinstance(example, list):
+            return [example]
+        if width > 1 and isinstance(example, (tuple, list)) and len(example) == width:
+            return example
+        raise FederaError(f"example {row}: this run reads {' and '.join(self.columns)}, got {example!r:.80}")
+
+    def _encoded(self, examples: Sequence[Example]) -> Encoded:
+        return self.task.encode(self.table(examples), self.data, self.tokenizer, None)
+
+    def _forward(self, encoded: Encoded, batch_size: int) -> Iterator[Tensor]:
+        for first in range(0, len(encoded), batch_size):
+            rows = np.arange(first, min(first + batch_size, len(encoded)))
+            with torch.inference_mode():  # not while the caller has the word
+                outputs = self.task.outputs(self.model(**encoded.batch(rows, torch.device("cpu"))))
+            yield outputs
+
+    def outputs(self, examples: Sequence[Example], batch_size: int = 32) -> Iterator[Tensor]:
+        """Yield the model's outputs batch by batch: the logits, `(batch, num_labels)`, of a classifier."""
+        if len(examples):
+            yield from self._forward(self._encoded(examples), batch_size)
+
+    def predict(self, examples: Sequence[Example], batch_size: int = 32) -> Iterator[dict[str, Any]]:
+        """Yield a prediction for every example, as `Task.show` gives it: `label` and `probability` of a text.
+
+        Args:
+            examples: texts, pairs of texts (tuples, in the order of `columns`), lists of words, or mappings
+                with the run's columns.
+            batch_size: rows at a time.
+
+        Raises:
+            FederaError: an example that is not of the run's kind; it names it.
+        """
+        if not len(examples):
+            return
+        encoded = self._encoded(examples)
+        waiting: list[Any] = []  # rows of the examples from `done` on
+        done = 0
+        for outputs in self._forward(encoded, batch_size):
+            waiting.extend(outputs.float().numpy())
+            whole = encoded.num_whole(len(encoded.rows_of(np.arange(done))) + len(waiting))
+            ready = np.arange(done, whole)
+            rows = len(encoded.rows_of(ready))
+            for one in self.task.decode(waiting[:rows], encoded, ready) if len(ready) else ():
+                yield self.task.show(one, self.labels)
+            waiting, done = waiting[rows:], whole
+
+
+def read_examples(file: Path | None, columns: tuple[str, ...], first: str | None = None) -> list[Example]:
+    """Return what to predict: the rows of a table, or the lines of a file or of standard input.
+
+    Args:
+        file: a table (.csv, .jsonl, .parquet, .conll, ...), a text file (.txt, or of no ending), or None.
+        columns: what a prediction needs.
+        first: the table's column that stands for the first of them.
+
+    Raises:
+        FederaError: a file or column that is not there, or lines where more than one column is needed.
+    """
+    if file is not None and file.suffix.lower() not in ("", ".txt"):
+        table = read_table(str(file), "predict")
+        found = (first or columns[0], *columns[1:])
+        require_columns(table, str(file), found)
+        values = zip(*(table[column] for column in found), strict=True)
+        return [dict(zip(columns, row, strict=True)) for row in values]
+    if len(columns) > 1:
+        raise FederaError(f"this run reads {' and '.join(columns)}; give a table with these columns")
+    if file is not None and not file.is_file():
+        raise FederaError(f"{file} does not exist")
+    try:
+        content = sys.stdin.read() if file is None else file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise FederaError(f"{file or 'standard input'} is not text in UTF-8") from error
+    lines = content.rstrip().splitlines()
+    blank = next((i for i, line in enumerate(lines, 1) if not line.strip()), None)
+    if blank is not None:
+        raise FederaError(f"line {blank} of {file or 'standard input'} is blank; give one text a line")
+    return list(lines)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,10 +197,9 @@ def load(folder: Path | str) -> Predictor:
         FederaError: the folder is neither, or its base model is not to be had.
     """
     restored = _restore(Path(folder))
-    longest = min(restored.config.task.max_length, restored.tokenizer.model_max_length)
-    data = restored.config.data
-    columns = (data.text_column, *([data.text_pair_column] if data.text_pair_column else []))
-    return Predictor(restored.model, restored.tokenizer, restored.labels, longest, columns)
+    task, data = restored.config.task, restored.config.data
+    columns = tuple(task.inputs(data))
+    return Predictor(restored.model, restored.tokenizer, restored.labels, task, columns, data)
 
 
 def export(folder: Path | str, to: Path | str, format: ExportFormat | None = None) -> Path:
@@ -149,6 +228,10 @@ def export(folder: Path | str, to: Path | str, format: ExportFormat | None = Non
             f"{' or '.join(method.export_formats)}"
         )
     restored = _restore(run.path)
+    if chosen == "peft" and restored.config.task.added_tokens:
+        raise FederaError(
+            "--format peft: with task.added_tokens the base is not the pristine one; use --format merged"
+        )
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -196,7 +279,7 @@ def _write_peft(restored: _Restored, to: Path) -> None:
     (to / "README.md").write_text(
         f"# {method.name} adapter\n\nTrained with federa on {restored.config.model.name}. "
         f"Labels, in order: {', '.join(restored.labels)}.\n\n"
-        "```python\nbase = AutoModelForSequenceClassification.from_pretrained("
+        f"```python\nbase = {restored.config.task.auto_class}.from_pretrained("
         f'"{_base_of(restored)}", num_labels={len(restored.labels)})\n'
         'model = PeftModel.from_pretrained(base, "THIS FOLDER")\n```\n'
     )
@@ -217,7 +300,7 @@ def _peft_config(restored: _Restored) -> dict[str, Any]:
     rank = len(first.lora_A) * (2 if restored.config.method.moves_base else 1)
     return {
         "peft_type": "LORA",
-        "task_type": "SEQ_CLS",
+        "task_type": restored.config.task.peft_type,
         "base_model_name_or_path": _base_of(restored),
         "r": rank,
         "lora_alpha": first.scale * rank,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
+import signal
+import sys
 import tempfile
 from pathlib import Path
 
@@ -30,3 +33,9 @@ def cache_folder() -> Path:
         return Path.home() / ".cache" / "federa"
     except RuntimeError:  # a user without a home, as in a container that is started under any number
         return Path(tempfile.gettempdir()) / f"federa-{os.getuid()}"
+
+
+def die_with_parent() -> None:
+    """Ask Linux to kill this process when its parent dies, even by SIGKILL (prctl PR_SET_PDEATHSIG)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)

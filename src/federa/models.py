@@ -128,6 +128,7 @@ def load_pretrained(
     seed: int,
     dropout: float | None = None,
     attention: str = "eager",
+    added_tokens: Sequence[str] = (),
 ) -> Pretrained:
     """Load a checkpoint for a task; a head that it lacks is drawn from the seed.
 
@@ -138,6 +139,7 @@ def load_pretrained(
         seed: of the new head.
         dropout: replaces every dropout rate of the model; None keeps the model's own.
         attention: `eager` (fastest backward pass on a CPU) or `sdpa`.
+        added_tokens: words that become tokens of the vocabulary.
 
     Raises:
         FederaError: the checkpoint cannot be had, has no fast tokenizer, or lacks a part of its encoder.
@@ -150,7 +152,7 @@ def load_pretrained(
             settings.num_labels = len(labels)
             settings.id2label = dict(enumerate(labels))
             settings.label2id = {label: i for i, label in enumerate(labels)}
-            settings.problem_type = "single_label_classification"
+            settings.problem_type = "single_label_classification"  # unused where a token has the label
             if dropout is not None:
                 set_dropout(settings, dropout)
             model, info = getattr(transformers, auto_class).from_pretrained(
@@ -172,7 +174,35 @@ def load_pretrained(
     pooler = [n for n, _ in model.named_parameters() if ".pooler." in n] if config.train_pooler else []
     tokenizer.model_max_length = min(tokenizer.model_max_length, _positions(model))
     encoder = {n: p for n, p in model.named_parameters() if n not in head}
-    return Pretrained(model, tokenizer, head.union(pooler), fingerprint(encoder))
+    pristine = fingerprint(encoder)
+    add_tokens(model, tokenizer, added_tokens)
+    return Pretrained(model, tokenizer, head.union(pooler), pristine)
+
+
+def add_tokens(model: Any, tokenizer: Any, words: Sequence[str]) -> None:
+    """Make words tokens of the vocabulary; each starts as the mean of the embeddings of what it was.
+
+    Raises:
+        FederaError: a word that is a token already, or of which the vocabulary makes nothing.
+    """
+    if not words:
+        return
+    known = tokenizer.get_vocab()
+    for word in words:
+        if word in known:
+            raise FederaError(f"task.added_tokens: {word!r} is a token of the vocabulary already")
+    before = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in words]
+    empty = next((word for word, pieces in zip(words, before, strict=True) if not pieces), None)
+    if empty is not None:
+        raise FederaError(f"task.added_tokens: the tokenizer makes nothing of {empty!r}")
+    tokenizer.add_tokens(list(words))
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        with _quiet():
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    table = model.get_input_embeddings().weight
+    with torch.no_grad():
+        for word, pieces in zip(words, before, strict=True):
+            table[tokenizer.convert_tokens_to_ids(word)] = table[pieces].mean(dim=0)
 
 
 def _positions(model: Any) -> int:

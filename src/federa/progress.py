@@ -77,7 +77,8 @@ class Bar(Observer):
         seconds = readable_seconds(sum(experiment.seconds.values()))
         share = sizes["trainable_parameters"] / sizes["total_parameters"]
         self._console.print(
-            f"{config.method.name} on {short_name(config.model.name)}, {len(experiment.train):,} examples, "
+            f"{config.method.name} on {short_name(config.model.name)}, "
+            f"{experiment.train.num_examples:,} examples, "
             f"{len(experiment.parts)} clients ({config.partition.name}), {config.cohort} a round; "
             f"{sizes['trainable_parameters']:,} trained parameters ({share:.2%}); started in {seconds}"
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,18 +14,18 @@ import numpy as np
 
 from federa.checkpoint import RunDirectory
 from federa.config import RunConfig, parse_config, read_yaml
+from federa.diagnostics import diagnose
 from federa.engines import Session
 from federa.environment import environment
+from federa.evaluation import Evaluator
 from federa.experiment import Experiment, build_experiment, resolve
 from federa.machine import cache_folder
+from federa.methods.lora import lora_layers
 from federa.report import write_report
-from federa.seeds import generator
-from federa.server import finish_round, make_jobs
+from federa.server import OK, finish_round, make_jobs
 from federa.state import load_state, num_bytes, write_atomically
-from federa.trackers import TRACKERS
+from federa.trackers import TRACKERS, require_trackers
 from federa.types import FederaError, Job, Record, ServerState, State, Update
-
-MAX_CLIENTS_WITH_OWN_HEAD = 200  # evaluated one by one at the end
 
 
 class Observer:
@@ -69,12 +69,12 @@ class _Loop:
 
     experiment: Experiment
     session: Session
+    evaluator: Evaluator
     observer: Observer
     folder: RunDirectory | None
     reached: set[int]  # the clients that any cohort so far held
     seconds_start: dict[str, float]
     records: list[Record] = field(default_factory=list)
-    evaluated: tuple[State, list[Any]] | None = None
 
     @property
     def config(self) -> RunConfig:
@@ -112,6 +112,7 @@ def run(
         remedy = "give another, or --resume to go on with it" if folder.started else "give another"
         raise FederaError(f"--out: {folder.path} is there already and is not an empty directory; {remedy}")
     config = resolve(config or RunConfig())
+    require_trackers(config.track)
     with ExitStack() as stack:
         if folder is not None:
             clear = None if resumed else _remove_on_mistake(folder)
@@ -125,7 +126,9 @@ def run(
         first_start = (folder.read_json("environment.json") or {}).get("seconds_start") if folder else None
         reached = set(experiment.trained_clients(state.round))
         start = first_start or experiment.seconds
-        loop = _Loop(experiment, session, observer or Observer(), folder, reached, start, records)
+        watching = observer or Observer()
+        evaluator = Evaluator(experiment, session, watching.evaluating)
+        loop = _Loop(experiment, session, evaluator, watching, folder, reached, start, records)
         loop.observer.started(experiment, tuple(records))
         state = _rounds(loop, state)
         summary = _summarise(loop, state)
@@ -229,7 +232,8 @@ def _rounds(loop: _Loop, state: ServerState) -> ServerState:
         while state.round < config.rounds and not _target_reached(loop):
             began = time.perf_counter()
             jobs = make_jobs(config, state.round + 1, sizes)
-            updates = _watched(loop, state.params, jobs)
+            seen: list[Update] | None = [] if config.diagnostics else None
+            updates, sent = _watched(loop, state.params, jobs, seen), state.params
             state, summary = finish_round(config, state, jobs, updates, sizes)
             new = {job.client_id for job in jobs} - loop.reached
             loop.reached |= new
@@ -238,7 +242,7 @@ def _rounds(loop: _Loop, state: ServerState) -> ServerState:
             record: Record = {"round": state.round, "loss": summary.loss}
             every = config.evaluate_every
             if state.round == config.rounds or (every and state.round % every == 0):
-                record |= evaluate(loop, state.params)
+                record |= loop.evaluator.score(state.params, loop.reached)
             rejected = len(summary.verdicts) - summary.accepted
             record |= {
                 "clients": summary.accepted,
@@ -252,7 +256,7 @@ def _rounds(loop: _Loop, state: ServerState) -> ServerState:
             }
             loop.records.append(record)
             if loop.folder is not None:
-                loop.folder.append(record)
+                loop.folder.append(record, _diagnosed(loop, sent, seen, state.round, summary.verdicts))
                 loop.folder.save_checkpoint(state)
             for tracker in trackers:
                 tracker.log(record)
@@ -260,63 +264,30 @@ def _rounds(loop: _Loop, state: ServerState) -> ServerState:
     return state
 
 
-def _watched(loop: _Loop, params: State, jobs: list[Job]) -> Iterator[Update]:
+def _watched(loop: _Loop, params: State, jobs: list[Job], seen: list[Update] | None) -> Iterator[Update]:
     for update in loop.session.train(params, jobs):
         loop.observer.updated(update, len(jobs))
+        if seen is not None:
+            seen.append(update)
         yield update
+
+
+def _diagnosed(
+    loop: _Loop, sent: State, seen: list[Update] | None, number: int, verdicts: Mapping[int, str]
+) -> Record | None:
+    """Return the diagnostics of a round whose updates were kept, or None."""
+    counted = [update for update in seen or () if verdicts[update.job.client_id] == OK]
+    if len(counted) < 2:
+        return None
+    trainer = loop.experiment.trainer
+    scales = {name: layer.scale for name, layer in lora_layers(trainer.model)}
+    deltas, weights = [u.delta for u in counted], [u.weight for u in counted]
+    return {"round": number, **diagnose(sent, deltas, weights, trainer.head, scales)}
 
 
 def _target_reached(loop: _Loop) -> bool:
     metric, target = loop.config.task.primary, loop.config.target
     return target is not None and bool(loop.records) and loop.records[-1].get(metric, -np.inf) >= target
-
-
-def evaluate(loop: _Loop, params: State) -> dict[str, float]:
-    """Return the task's metrics on the evaluation set.
-
-    With `method.head=local` there is no global head: the own head of each client that has trained is measured
-    on the rows that stand for it, and the metric is the mean over these clients.
-    """
-    experiment = loop.experiment
-    if experiment.kept.start:
-        scores = _own_heads(loop, params)
-        return {"clients_evaluated": len(scores), loop.config.task.primary: float(np.mean(scores))}
-    rows = np.arange(len(experiment.evaluation))
-    return loop.config.task.score(_outputs(loop, params), experiment.evaluation, rows)
-
-
-def _outputs(loop: _Loop, params: State) -> list[Any]:
-    """Return the outputs for every evaluation row, in order; those of the last state are kept."""
-    if loop.evaluated is not None and loop.evaluated[0] is params:
-        return loop.evaluated[1]
-    rows = np.arange(len(loop.experiment.evaluation))
-    batches = loop.experiment.batches(rows)
-    outputs: list[Any] = [None] * len(rows)
-    for done, (batch, out) in enumerate(zip(batches, loop.session.predict(params, batches), strict=True), 1):
-        for row, value in zip(batch, out, strict=True):
-            outputs[row] = value
-        loop.observer.evaluating(done, len(batches))
-    loop.evaluated = (params, outputs)
-    return outputs
-
-
-def _own_heads(loop: _Loop, params: State) -> list[float]:
-    """Return the primary metric of every client that has trained (of 200 drawn ones, if there are more)."""
-    experiment, config = loop.experiment, loop.config
-    clients, limit = np.array(sorted(loop.reached)), MAX_CLIENTS_WITH_OWN_HEAD
-    if len(clients) > limit:
-        clients = np.sort(generator(config.seed, "own-heads").choice(clients, limit, replace=False))
-    scores = []
-    for done, client in enumerate(clients, 1):
-        rows = experiment.client_rows(int(client))
-        if len(rows):
-            batches = experiment.batches(rows)
-            last = Job(config.rounds + 1, int(client), 0, 0.0)  # after every round: what it kept last
-            outputs = [o for out in loop.session.predict(params, batches, last) for o in out]
-            score = config.task.score(outputs, experiment.evaluation, np.concatenate(batches))
-            scores.append(score[config.task.primary])
-        loop.observer.evaluating(done, len(clients))
-    return scores
 
 
 def _summarise(loop: _Loop, state: ServerState) -> dict[str, Any]:
@@ -335,35 +306,13 @@ def _summarise(loop: _Loop, state: ServerState) -> dict[str, Any]:
         **experiment.sizes,
         "bytes_up": sum(r["bytes_up"] for r in records),
         "bytes_down": sum(r["bytes_down"] for r in records),
-        "per_client": _per_client(loop, state.params),
+        "per_client": loop.evaluator.per_client(state.params, loop.reached),
         "target": _target(config.target, metric, records),
         "fingerprint": experiment.fingerprint,
         "seconds_start": loop.seconds_start,
         "seconds_train": sum(r["seconds_train"] for r in records),
         "seconds_rounds": sum(r["seconds_round"] for r in records),
         "seconds_total": sum(loop.seconds_start.values()) + sum(r["seconds_round"] for r in records),
-    }
-
-
-def _per_client(loop: _Loop, params: State) -> dict[str, float] | None:
-    """Return mean, 10th percentile and worst of the clients' own metrics, or None if none has test rows."""
-    experiment, config = loop.experiment, loop.config
-    if experiment.kept.start:
-        scores = _own_heads(loop, params)
-    else:
-        outputs = _outputs(loop, params)
-        scores = []
-        for client in range(len(experiment.parts)):
-            rows = experiment.client_rows(client)
-            if len(rows):
-                own = [outputs[row] for row in rows]
-                scores.append(config.task.score(own, experiment.evaluation, rows)[config.task.primary])
-    if not scores:
-        return None
-    return {
-        "mean": float(np.mean(scores)),
-        "p10": float(np.percentile(scores, 10)),
-        "worst": float(min(scores)),
     }
 
 
@@ -381,8 +330,8 @@ def _target(target: float | None, metric: str, records: Iterable[Record]) -> dic
 def partition_summary(experiment: Experiment) -> dict[str, Any]:
     """Return what `partition.json` says: who holds how many examples of what."""
     return {
-        "client_sizes": [len(part) for part in experiment.parts],
-        "groups": experiment.group_names,
+        "client_sizes": experiment.counts.sum(axis=1).tolist(),
+        "groups": experiment.groups.names,
         "fingerprint": experiment.data_fingerprint(),
         "counts": experiment.counts.tolist(),
     }

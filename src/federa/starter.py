@@ -13,6 +13,8 @@ from federa.types import FederaError
 
 _TEXT_NAMES = ("text", "sentence", "document", "review", "content", "body", "message", "description")
 _LABEL_NAMES = ("label", "label_name", "class", "category", "target", "topic", "intent")
+_TOKEN_NAMES, _TAG_NAMES = ("tokens", "words"), ("tags", "ner_tags", "labels")
+_QA_NAMES = ("question", "context", "answers")
 
 TEMPLATE = """\
 # A federa recipe. Run it with:  federa run {name}
@@ -31,12 +33,10 @@ model:
 
 data:
   train: {train}
-{test}  text_column: {text}
-  label_column: {label}
-
+{test}{columns}
 task:
-  name: classification
-  max_length: 128       # tokens; longer texts are cut
+  name: {task}
+  max_length: {length}       # tokens; longer texts are {longer}
 
 method:
   name: federa          # federa, lora, adapter, bitfit or ft
@@ -99,24 +99,45 @@ def write_recipe(
         if given is not None and given not in columns:
             hint = nearest(given, columns)
             raise FederaError(f"{train} has no column {given!r}{hint}; it has {', '.join(columns)}")
-    text = text_column or next((c for c in _TEXT_NAMES if c in columns), None)
-    label = label_column or next((c for c in _LABEL_NAMES if c in columns), None)
-    if text is None or label is None:
-        missing = "--text-column" if text is None else "--label-column"
-        known = ", ".join(columns)
-        raise FederaError(f"cannot tell which column of {train} is which; give {missing} ({known})")
+    task, chosen = _task(train, columns, text_column, label_column)
     content = TEMPLATE.format(
         name=to.name,
         model=_scalar(_absolute(model) if Path(model).expanduser().is_dir() else model),
         train=_scalar(_absolute(train)),
         test=f"  test: {_scalar(_absolute(test))}\n" if test else NO_TEST,
-        text=_scalar(text),
-        label=_scalar(label),
+        columns="".join(f"  {key}: {_scalar(column)}\n" for key, column in chosen.items()),
+        task=task,
+        length=384 if task == "qa" else 128,
+        longer="cut" if task == "classification" else "split into windows",
         clients=clients,
         cohort=min(5, clients),
     )
     write_atomically(to, content.encode())
     return to
+
+
+def _task(train: str, columns: list[str], text: str | None, label: str | None) -> tuple[str, dict[str, str]]:
+    """Return the task that the columns are of, and which column holds what.
+
+    Raises:
+        FederaError: the columns do not tell.
+    """
+    if text is None and label is None:
+        tokens, tags = (
+            next((c for c in names if c in columns), None) for names in (_TOKEN_NAMES, _TAG_NAMES)
+        )
+        if tokens is not None and tags is not None:
+            return "ner", {"tokens_column": tokens, "tags_column": tags}
+        if all(name in columns for name in _QA_NAMES):
+            return "qa", {f"{name}_column": name for name in _QA_NAMES}
+    text = text or next((c for c in _TEXT_NAMES if c in columns), None)
+    label = label or next((c for c in _LABEL_NAMES if c in columns), None)
+    if text is None or label is None:
+        missing = "--text-column" if text is None else "--label-column"
+        raise FederaError(
+            f"cannot tell which column of {train} is which; give {missing} ({', '.join(columns)})"
+        )
+    return "classification", {"text_column": text, "label_column": label}
 
 
 def _scalar(text: str) -> str:

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,13 +23,14 @@ from torch import Tensor, nn
 from federa.aggregators import AGGREGATORS, Aggregator
 from federa.client import ClientConfig, Trainer
 from federa.data.batches import Encoded, Ragged
+from federa.data.datasets import DataConfig
 from federa.data.partition import PARTITIONERS, Partitioner, partition_examples
 from federa.methods import METHODS, Method, Setup
 from federa.registry import C, Registry
 from federa.seeds import torch_seeded
 from federa.server_optimizers import SERVER_OPTIMIZERS, ServerOptimizer
-from federa.tasks import Classification
-from federa.types import Job, State, Update
+from federa.tasks import TASKS, Classification, Task
+from federa.types import FloatArray, Job, State, Update
 
 TOLERANCE = 1e-6
 LOGIT_TOLERANCE = 1e-5
@@ -114,6 +117,62 @@ def check_server_optimizer(optimizer: ServerOptimizer) -> None:
     _check_config(optimizer, SERVER_OPTIMIZERS)
 
 
+def check_task(task: Task, train: Any, data: DataConfig, tokenizer: Any) -> None:
+    """Check that a task keeps its contract on a table of examples.
+
+    Every example is encoded once, whatever rows it takes; encoding for predictions needs no answers and
+    gives the
+    same rows; decoding gives a prediction an example, whatever examples are asked for; a score is a number.
+
+    Args:
+        task: the task, with whatever fields.
+        train: a table of eight examples or more that the task can take.
+        data: which columns hold what.
+        tokenizer: a fast tokenizer.
+
+    Raises:
+        AssertionError: it does not; the message says where.
+    """
+    labels = task.labels(train, data)
+    assert labels and all(isinstance(label, str) for label in labels), "labels are words"
+    encoded = task.encode(train, data, tokenizer, labels)
+    assert encoded.num_examples == len(train), f"{len(train)} examples became {encoded.num_examples}"
+    assert encoded.targets, "encoded with labels, but without targets"
+    assert all(len(target) == len(encoded) for target in encoded.targets.values()), "a target a row"
+    assert encoded.targets.keys() <= encoded.pad.keys(), "no fill for a target"
+    assert int(encoded.lengths().max()) <= task.max_length, "a row is longer than max_length"
+    bare = task.encode(train.select_columns(task.inputs(data)), data, tokenizer, None)
+    assert not bare.targets, "encoded for predictions, but with targets"
+    for name, rows in encoded.features.items():
+        assert np.array_equal(rows.values, bare.features[name].values), f"{name} depends on the answers"
+    groups = task.groups(train, data)
+    assert groups is None or len(groups) == len(train), "a group an example"
+    assert len(task.texts(train, data)) == len(train), "a text an example"
+    rng = np.random.default_rng(0)
+    outputs = _random_outputs(task, encoded, len(labels), rng)
+    for examples in (np.arange(len(train)), np.array([5, 1, 3])):
+        own = [outputs[row] for row in encoded.rows_of(examples)]
+        predictions = task.decode(own, encoded, examples)
+        assert len(predictions) == len(examples), "a prediction an example"
+        scores = task.score(predictions, encoded, examples)
+        assert task.primary in scores, f"the score lacks {task.primary!r}"
+        assert all(np.isfinite(value) for value in scores.values()), f"a score is not finite: {scores}"
+        for prediction in predictions:
+            json.dumps(task.show(prediction, labels))
+    _check_config(task, TASKS)
+
+
+def _random_outputs(task: Task, encoded: Encoded, labels: int, rng: np.random.Generator) -> list[FloatArray]:
+    """Return outputs of a random model of the task's kind, padded as in one batch."""
+    width = int(encoded.lengths().max())
+    shape = (len(encoded), labels) if "Sequence" in task.auto_class else (len(encoded), width, labels)
+    logits = torch.from_numpy(rng.standard_normal(shape).astype(np.float32))
+    model_output = SimpleNamespace(logits=logits)
+    if "Question" in task.auto_class:
+        model_output = SimpleNamespace(start_logits=logits[..., 0], end_logits=logits[..., 1])
+    return list(task.outputs(model_output).float().numpy())
+
+
 def check_method(method: Method, model_factory: Callable[[], nn.Module] | None = None) -> None:
     """Check that a method starts at the pretrained model's function, and that clients agree with the server.
 
@@ -193,7 +252,11 @@ def _random_examples(num_labels: int) -> Encoded:
     """Return 24 examples of 3 to 12 tokens."""
     rng = np.random.default_rng(0)
     rows = [rng.integers(1, 50, rng.integers(3, 13)).tolist() for _ in range(24)]
-    return Encoded({"input_ids": Ragged.from_rows(rows)}, np.arange(24) % num_labels, {"input_ids": 0})
+    return Encoded(
+        {"input_ids": Ragged.from_rows(rows)},
+        {"labels": np.arange(24) % num_labels},
+        {"input_ids": 0, "labels": -100},
+    )
 
 
 def _trainer(method: Method, model: nn.Module, head: frozenset[str]) -> Trainer:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib.util
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Protocol
 
 from federa.types import FederaError, Record
+
+PROJECT = "federa"
 
 
 class Tracker(Protocol):
@@ -19,23 +22,25 @@ class Tracker(Protocol):
         """Flush and let go."""
 
 
+def _numbers(record: Record) -> dict[str, float]:
+    """Return the numbers of a record, the round apart."""
+    return {key: value for key, value in record.items() if key != "round" and isinstance(value, (int, float))}
+
+
 class TensorBoard:
     """Writes event files into the run directory (`tensorboard --logdir DIR`)."""
 
+    package = "tensorboard"
+
     def __init__(self, folder: Path) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise FederaError(
-                "track: tensorboard needs its package: pip install 'federa[tensorboard]'"
-            ) from error
+        from torch.utils.tensorboard import SummaryWriter
+
         self._writer = SummaryWriter(str(folder / "tensorboard"))
 
     def log(self, record: Record) -> None:
         """Write every number of the record as a scalar of its round."""
-        for key, value in record.items():
-            if key != "round" and isinstance(value, (int, float)):
-                self._writer.add_scalar(key, value, record["round"])
+        for key, value in _numbers(record).items():
+            self._writer.add_scalar(key, value, record["round"])
         self._writer.flush()
 
     def close(self) -> None:
@@ -43,4 +48,81 @@ class TensorBoard:
         self._writer.close()
 
 
-TRACKERS: dict[str, Callable[[Path], Tracker]] = {"tensorboard": TensorBoard}
+class Trackio:
+    """Logs to trackio, on this machine unless its own settings say otherwise (`trackio show`)."""
+
+    package = "trackio"
+
+    def __init__(self, folder: Path) -> None:
+        import trackio
+
+        self._trackio = trackio
+        trackio.init(project=PROJECT, name=folder.name, resume="allow")
+
+    def log(self, record: Record) -> None:
+        """Log the numbers of the record at its round."""
+        self._trackio.log(_numbers(record), step=record["round"])
+
+    def close(self) -> None:
+        """Finish the run."""
+        self._trackio.finish()
+
+
+class WandB:
+    """Logs to Weights & Biases; where and whether anything leaves the machine is up to its own settings."""
+
+    package = "wandb"
+
+    def __init__(self, folder: Path) -> None:
+        import wandb
+
+        self._run = wandb.init(project=PROJECT, name=folder.name, dir=str(folder), resume="allow")
+
+    def log(self, record: Record) -> None:
+        """Log the numbers of the record at its round."""
+        self._run.log(_numbers(record), step=record["round"])
+
+    def close(self) -> None:
+        """Finish the run."""
+        self._run.finish()
+
+
+class MLflow:
+    """Logs to MLflow, where `MLFLOW_TRACKING_URI` says, else to its own default."""
+
+    package = "mlflow"
+
+    def __init__(self, folder: Path) -> None:
+        import mlflow
+
+        self._mlflow = mlflow
+        mlflow.set_experiment(PROJECT)
+        self._run = mlflow.start_run(run_name=folder.name)
+
+    def log(self, record: Record) -> None:
+        """Log the numbers of the record at its round."""
+        self._mlflow.log_metrics(_numbers(record), step=record["round"], run_id=self._run.info.run_id)
+
+    def close(self) -> None:
+        """End the run."""
+        self._mlflow.end_run()
+
+
+TRACKERS: dict[str, Callable[[Path], Tracker]] = {
+    "tensorboard": TensorBoard,
+    "trackio": Trackio,
+    "wandb": WandB,
+    "mlflow": MLflow,
+}
+
+
+def require_trackers(names: Iterable[str]) -> None:
+    """Raise unless the packages of some trackers are installed.
+
+    Raises:
+        FederaError: one is not; it says how to install it.
+    """
+    for name in names:
+        package = getattr(TRACKERS[name], "package", None)
+        if package is not None and importlib.util.find_spec(package) is None:
+            raise FederaError(f"track: {name} needs its package: pip install 'federa[{name}]'")

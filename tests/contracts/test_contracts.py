@@ -6,11 +6,19 @@ import torch
 import transformers
 
 from federa.aggregators import AGGREGATORS, Mean
+from federa.data.datasets import DataConfig, Table
 from federa.data.partition import PARTITIONERS, Iid
 from federa.methods import METHODS, LoRA, Probe
 from federa.methods.lora import merge_lora
 from federa.server_optimizers import SERVER_OPTIMIZERS, Sgd
-from federa.testing import check_aggregator, check_method, check_partitioner, check_server_optimizer
+from federa.tasks import TASKS, Classification
+from federa.testing import (
+    check_aggregator,
+    check_method,
+    check_partitioner,
+    check_server_optimizer,
+    check_task,
+)
 
 REQUIRED = {"natural": {"column": "author"}}
 
@@ -57,7 +65,52 @@ def test_methods_in_every_mode_of_the_head(name, head):
     check_method(component(METHODS, name, head=head))
 
 
-REGISTRIES = [PARTITIONERS, AGGREGATORS, SERVER_OPTIMIZERS, METHODS]
+TASK_ROWS = {
+    "classification": [{"text": f"goal team {i}", "label": ["a", "b"][i % 2]} for i in range(9)],
+    "ner": [{"tokens": ["goal"] * (i + 1), "tags": ["B-x", *["I-x"] * i]} for i in range(30)],
+    "qa": [
+        {
+            "question": "goal",
+            "context": "team " * (i + 1) + "cup",
+            "answers": {"text": ["cup"], "answer_start": [5 * (i + 1)]},
+        }
+        for i in range(30)
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    "fields", [{"overlap": 20}, {"max_length": 16, "overlap": 3}], ids=["whole", "windows"]
+)
+@pytest.mark.parametrize("name", TASKS.names())
+def test_tasks(name, fields, encoder):
+    known = {key: value for key, value in fields.items() if key in TASKS.get(name).model_fields}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(encoder("bert"))
+    check_task(component(TASKS, name, **known), Table.from_list(TASK_ROWS[name]), DataConfig(), tokenizer)
+
+
+class Skips(Classification):
+    def decode(self, outputs, encoded, examples):
+        return super().decode(outputs, encoded, examples)[1:]
+
+
+class Peeks(Classification):
+    def encode(self, table, data, tokenizer, labels):
+        if labels is not None:
+            table = table.map(lambda row: {"text": row["text"] + " " + row["label"]})
+        return super().encode(table, data, tokenizer, labels)
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"), [(Skips, "a prediction an example"), (Peeks, "depends on the answers")]
+)
+def test_a_broken_task_is_noticed(broken, message, encoder):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(encoder("bert"))
+    with pytest.raises(AssertionError, match=message):
+        check_task(broken(), Table.from_list(TASK_ROWS["classification"]), DataConfig(), tokenizer)
+
+
+REGISTRIES = [PARTITIONERS, AGGREGATORS, SERVER_OPTIMIZERS, METHODS, TASKS]
 
 
 @pytest.mark.parametrize("registry", REGISTRIES, ids=lambda r: r.kind)

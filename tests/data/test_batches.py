@@ -10,10 +10,11 @@ CPU = torch.device("cpu")
 ROWS = [[5, 6, 7], [8], [9, 10, 11, 12], [13, 14]]
 
 
-def encoded(labels=(0, 1, 2, 1), **features):
+def encoded(labels=(0, 1, 2, 1), example=None, **features):
     features = {name: Ragged.from_rows(rows) for name, rows in {"input_ids": ROWS, **features}.items()}
     labels = Ragged.from_rows(labels) if isinstance(labels[0], list) else np.array(labels)
-    return Encoded(features, labels, {"input_ids": 33, "token_type_ids": 0})
+    pad = {"input_ids": 33, "token_type_ids": 0, "labels": IGNORED_LABEL}
+    return Encoded(features, {"labels": labels}, pad, None if example is None else np.array(example))
 
 
 # Flat rows
@@ -63,6 +64,46 @@ def test_labels_of_tokens_are_padded_with_what_the_loss_skips():
     inputs = encoded(labels=[[0, 1, 0], [2], [1, 1, 1, 1], [2, 0]]).batch(np.array([0, 1]), CPU)
     assert inputs["labels"].tolist() == [[0, 1, 0], [2, -100, -100]]
     assert torch.nn.CrossEntropyLoss().ignore_index == IGNORED_LABEL
+
+
+def test_several_targets_each_with_its_own_padding():
+    features = {"input_ids": Ragged.from_rows(ROWS)}
+    targets = {
+        "start_positions": np.array([1, 0, 2, 0]),
+        "tags": Ragged.from_rows([[1, 1, 1], [2], [3] * 4, [4, 4]]),
+    }
+    data = Encoded(features, targets, {"input_ids": 33, "start_positions": 99, "tags": -7})
+    inputs = data.batch(np.array([3, 0]), CPU)
+    assert inputs["start_positions"].tolist() == [0, 1]
+    assert inputs["tags"].tolist() == [[4, 4, -7], [1, 1, 1]]
+    assert set(data.batch(np.array([0]), CPU, labels=False)) == {"input_ids", "attention_mask"}
+
+
+# Examples of several rows
+
+
+def test_a_row_is_an_example_unless_said_otherwise():
+    data = encoded()
+    assert len(data) == data.num_examples == 4
+    assert data.rows_of(np.array([2, 0])).tolist() == [2, 0]
+    assert [data.num_whole(rows) for rows in range(5)] == [0, 1, 2, 3, 4]
+
+
+def test_the_rows_of_examples():
+    data = encoded(example=[0, 0, 1, 2])
+    assert (len(data), data.num_examples) == (4, 3)
+    assert data.rows_of(np.arange(3)).tolist() == [0, 1, 2, 3]
+    assert data.rows_of(np.array([2, 0])).tolist() == [3, 0, 1]
+    assert data.rows_of(np.array([1])).tolist() == [2]
+    assert data.rows_of(np.array([], dtype=np.int64)).tolist() == []
+
+
+@pytest.mark.parametrize(
+    ("example", "whole"),
+    [([0, 0, 1, 2], [0, 0, 1, 2, 3]), ([0, 1, 1, 1], [0, 1, 1, 1, 2]), ([0, 0, 0, 0], [0, 0, 0, 0, 1])],
+)
+def test_examples_that_are_whole_among_the_first_rows(example, whole):
+    assert [encoded(example=example).num_whole(rows) for rows in range(5)] == whole
 
 
 def test_padding_does_not_change_what_a_model_says(encoder):

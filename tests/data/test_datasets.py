@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from federa.data.datasets import DataConfig, read_bbc_news, read_splits, read_table
+from federa.tasks import NER, QA, Classification
 from federa.types import FederaError
 
 ROWS = [
@@ -42,8 +43,9 @@ def rows_of(table, columns=("text", "label")):
     return [{c: row[c] for c in columns} for row in table]
 
 
-def read(**fields):
-    return read_splits(DataConfig(**{k: str(v) if isinstance(v, Path) else v for k, v in fields.items()}))
+def read(task=None, **fields):
+    config = DataConfig(**{k: str(v) if isinstance(v, Path) else v for k, v in fields.items()})
+    return read_splits(config, task or Classification())
 
 
 # Formats and places
@@ -257,6 +259,49 @@ def test_max_train_and_max_test(tmp_path):
     assert rows_of(whole.train) == ROWS and len(whole.evaluation) == 12
 
 
+def questions(contexts, each=3):
+    answer = {"text": ["is"], "answer_start": [5]}
+    return [
+        {"question": f"which {i}-{j}", "context": f"this is number {i}", "answers": answer}
+        for i in range(contexts)
+        for j in range(each)
+    ]
+
+
+@pytest.mark.parametrize(("split", "fraction"), [("test", 0.25), ("validation", 0.5)])
+def test_questions_about_one_context_are_held_out_together(tmp_path, split, fraction):
+    there = write(tmp_path / "rows.parquet", questions(20))
+    fields = {"test_fraction": 0.25, "validation_fraction": 0.5, "evaluate_on": split}
+    splits = read(task=QA(), train=there, **fields)
+    rest = 20 if split == "test" else 15
+    held = Counter(splits.evaluation["context"])
+    assert set(held.values()) == {3} and len(held) == -(-rest * fraction // 1)
+    assert not set(held) & set(splits.train["context"])
+    assert len(splits.train) + len(splits.evaluation) == 3 * rest
+    again = read(task=QA(), train=there, **fields)
+    assert list(again.evaluation["question"]) == list(splits.evaluation["question"])
+
+
+def test_questions_about_one_context_cannot_be_held_out(tmp_path):
+    there = write(tmp_path / "rows.parquet", questions(1))
+    refused(r"^data: cannot hold out 20% of 3 rows", task=QA(), train=there)
+
+
+def test_sentences_are_held_out_at_random(tmp_path):
+    rows = [{"tokens": [f"w{i}"], "tags": ["B-PER" if i % 2 else "O"]} for i in range(20)]
+    splits = read(task=NER(), train=write(tmp_path / "rows.parquet", rows))
+    words = [[word for (word,) in table["tokens"]] for table in (splits.train, splits.evaluation)]
+    assert [len(some) for some in words] == [16, 4]
+    assert {*words[0], *words[1]} == {f"w{i}" for i in range(20)}
+
+
+@pytest.mark.parametrize(("task", "column"), [(NER(), "tokens"), (QA(), "question")], ids=["ner", "qa"])
+def test_the_columns_are_those_of_the_task(tmp_path, task, column):
+    refused(
+        rf"^data: the train table has no column {column!r}", task=task, train=write(tmp_path / "rows.csv")
+    )
+
+
 # The embedded data
 
 
@@ -282,7 +327,7 @@ def test_bbc_news(bbc):
 
 
 def test_bbc_news_splits(bbc):
-    splits = read_splits(DataConfig())
+    splits = read()
     assert len(splits.train) + len(splits.evaluation) == len(bbc)
     train, test = ({tuple(t.split()) for t in table["text"]} for table in (splits.train, splits.evaluation))
     assert not train & test

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from federa.types import IntArray
 
 IGNORED_LABEL = -100  # the label that torch's cross entropy skips
+IGNORED_POSITION = 1 << 20  # beyond every token: transformers' loss for spans skips it
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,10 @@ class Ragged:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
+    def row(self, number: int) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
+        """Return one row."""
+        return self.values[self.offsets[number] : self.offsets[number + 1]]
+
     def lengths(self) -> IntArray:
         """Return the length of every row, `(num_rows,)`."""
         return np.diff(self.offsets)
@@ -50,36 +56,65 @@ class Ragged:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A tokenised data set.
+    """A tokenised data set: rows that a model takes, one an example, or several where a text is split.
 
     Attributes:
-        features: model inputs by name (`input_ids`, perhaps `token_type_ids`), one row an example.
-        labels: one integer an example `(num_examples,)`, or a row of them (`Ragged`, for tokens).
-        pad: what fills up each feature.
+        features: model inputs by name (`input_ids`, perhaps `token_type_ids`).
+        targets: what the model's loss asks for, by the name that the model gives it: an integer a row
+            `(num_rows,)`, or one a token (`Ragged`).
+        pad: what fills up each feature and each target; a row whose targets are all fill counts in no loss.
+        example: the example that each row is part of, `(num_rows,)`, ascending from 0 without gaps; None
+            where row i is example i.
+        reference: what decoding and scoring need besides; the task's own.
     """
 
     features: Mapping[str, Ragged]
-    labels: IntArray | Ragged
+    targets: Mapping[str, IntArray | Ragged]
     pad: Mapping[str, int]
+    example: IntArray | None = None
+    reference: Any = None
 
     def __len__(self) -> int:
+        """Return the number of rows."""
         return len(self.features["input_ids"])
 
+    @property
+    def num_examples(self) -> int:
+        """The number of examples."""
+        return len(self) if self.example is None else int(self.example[-1]) + 1
+
+    def num_whole(self, rows: int) -> int:
+        """Return how many examples have all of their rows among the first so many."""
+        if self.example is None or rows == len(self):
+            return min(rows, self.num_examples)
+        return int(self.example[rows])
+
+    def rows_of(self, examples: IntArray) -> IntArray:
+        """Return the rows of some examples, example by example."""
+        if self.example is None:
+            return examples
+        first = np.searchsorted(self.example, examples)
+        counts = np.searchsorted(self.example, examples, side="right") - first
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        rows: IntArray = np.repeat(first, counts) + within
+        return rows
+
     def lengths(self) -> IntArray:
-        """Return the number of tokens of every example, `(num_examples,)`."""
+        """Return the number of tokens of every row, `(num_rows,)`."""
         return self.features["input_ids"].lengths()
 
     def batch(self, rows: IntArray, device: torch.device, *, labels: bool = True) -> dict[str, Tensor]:
-        """Return model inputs for some examples, each tensor `(len(rows), longest of them)`."""
+        """Return model inputs for some rows, each tensor `(len(rows), longest of them)` or `(len(rows),)`."""
         inputs = {name: ragged.padded(rows, self.pad[name]) for name, ragged in self.features.items()}
         lengths = torch.from_numpy(self.lengths()[rows])
         width = inputs["input_ids"].shape[1]
         inputs["attention_mask"] = (torch.arange(width)[None, :] < lengths[:, None]).long()
-        if labels and isinstance(self.labels, Ragged):
-            inputs["labels"] = self.labels.padded(rows, IGNORED_LABEL)
-        elif labels:
-            assert not isinstance(self.labels, Ragged)
-            inputs["labels"] = torch.from_numpy(self.labels[rows])
+        for name, target in self.targets.items() if labels else ():
+            inputs[name] = (
+                target.padded(rows, self.pad[name])
+                if isinstance(target, Ragged)
+                else torch.from_numpy(target[rows])
+            )
         return {name: t.to(device, non_blocking=True) for name, t in inputs.items()}
 
 

@@ -1,37 +1,52 @@
-"""Reading data: Parquet, CSV, JSON lines, local folders, hub names, and the embedded BBC News."""
+"""Reading data: tables and the field's own formats, local folders, hub names, and the embedded BBC News."""
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import datasets
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
-from sklearn.model_selection import train_test_split
+from sklearn.model_selection import GroupShuffleSplit, train_test_split
 
+from federa.data.readers import CONLL, read_conll, read_mrqa, read_squad, require_utf8
 from federa.registry import nearest
 from federa.types import FederaError, IntArray
 
 EMBEDDED = "bbc_news"
-_FORMATS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json"}
+_FORMATS = {
+    ".parquet": "parquet",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".jsonl": "json",
+    ".json": "json",
+    ".gz": "json",  # MRQA's .jsonl.gz
+    **dict.fromkeys(CONLL, "conll"),
+}
 
 
 class DataConfig(BaseModel):
     """Where the examples are, and which columns hold what.
 
     Attributes:
-        train: a file (Parquet, CSV, TSV, JSON lines), a folder with `train.*` and perhaps `validation.*` and
-            `test.*`, a hub name, or `bbc_news`: the embedded default (extra `quickstart`).
+        train: a file (Parquet, CSV, TSV, JSON lines; CoNLL columns; SQuAD's JSON, MRQA's JSON lines), a
+            folder with `train.*` and perhaps `validation.*` and `test.*`, a hub name, or `bbc_news`: the
+            embedded default (extra `quickstart`).
         validation: a file; without it `validation_fraction` of the training rows may be held out.
         test: a file; without one, a folder's or a hub data set's own, else `test_fraction` of the rows.
         subset: the configuration of a hub data set.
         text_column: the text; `text_pair_column` the second of a pair, if there is one.
         label_column: the label, a number or a word.
-        test_fraction: the share of the rows held out, stratified, where there is no test set.
-        validation_fraction: the share of the training rows held out, stratified, to tune on.
+        tokens_column: the words of a sentence (a list), in NER; `tags_column` their tags.
+        question_column: the question, in question answering; `context_column` the text that answers it, and
+            `answers_column` the answers: `text` and `answer_start`, lists, as in SQuAD.
+        test_fraction: the share of the rows held out where there is no test set: stratified by label, and
+            with questions about one context kept together.
+        validation_fraction: the share of the training rows held out to tune on, likewise.
         evaluate_on: the split that the rounds are evaluated on.
         max_train: keep at most so many training rows, drawn at random; `max_test` likewise.
         split_seed: of the hold-outs and of `max_*`; apart from the run's seed, so that seeds share test sets.
@@ -45,6 +60,11 @@ class DataConfig(BaseModel):
     text_column: str = "text"
     text_pair_column: str | None = None
     label_column: str = "label"
+    tokens_column: str = "tokens"
+    tags_column: str = "tags"
+    question_column: str = "question"
+    context_column: str = "context"
+    answers_column: str = "answers"
     test_fraction: float = Field(default=0.2, gt=0, lt=1)
     validation_fraction: float = Field(default=0.0, ge=0, lt=1)
     evaluate_on: str = Field(default="test", pattern="^(test|validation)$")
@@ -54,6 +74,18 @@ class DataConfig(BaseModel):
 
 
 Table = datasets.Dataset
+
+
+class Needs(Protocol):
+    """What a task asks of a table; see `Task`."""
+
+    def inputs(self, data: DataConfig) -> list[str]: ...  # noqa: D102
+
+    def answers(self, data: DataConfig) -> list[str]: ...  # noqa: D102
+
+    def strata(self, table: Any, data: DataConfig) -> list[str] | None: ...  # noqa: D102
+
+    def units(self, table: Any, data: DataConfig) -> list[str] | None: ...  # noqa: D102
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +108,15 @@ def read_table(path: str, what: str) -> Any:
     kind = _FORMATS.get(file.suffix.lower())
     if kind is None:
         raise FederaError(f"{what}: {path} is not of a known format ({', '.join(_FORMATS)})")
+    if kind != "parquet" and file.suffix.lower() != ".gz":
+        require_utf8(file, what)
+    if kind == "conll":
+        return read_conll(file, what)
+    own = read_mrqa(file, what) if kind == "json" else None
+    if own is None and kind == "json" and file.suffix.lower() != ".gz":
+        own = read_squad(file)
+    if own is not None:
+        return own
     options: dict[str, Any] = {}
     if kind == "csv":
         # Only an empty cell is missing: "None" and "NA" may well be labels.
@@ -97,7 +138,7 @@ def read_table(path: str, what: str) -> Any:
 
 
 def _read_folder(folder: Path) -> dict[str, Any]:
-    files = {f.stem: f for f in sorted(folder.iterdir()) if f.suffix.lower() in _FORMATS}
+    files = {f.name.split(".")[0]: f for f in sorted(folder.iterdir()) if f.suffix.lower() in _FORMATS}
     if "train" not in files:
         raise FederaError(f"data.train: the folder {folder} has no train.parquet, .csv, .tsv or .jsonl")
     found = {name: files[name] for name in ("train", "validation", "test") if name in files}
@@ -137,8 +178,8 @@ def read_bbc_news() -> Any:
     return datasets.Dataset.from_dict({"text": texts, "label": labels})
 
 
-def read_splits(config: DataConfig) -> Splits:
-    """Read the tables of a run; missing ones are held out of the training rows, stratified by label.
+def read_splits(config: DataConfig, task: Needs) -> Splits:
+    """Read the tables of a run; missing ones are held out of the training rows, as the task asks.
 
     Raises:
         FederaError: a file or column that is not there.
@@ -148,13 +189,15 @@ def read_splits(config: DataConfig) -> Splits:
         if path is not None:
             tables[split] = read_table(path, f"data.{split}")
     for split, table in tables.items():
-        _require_columns(table, split, config)
+        require_columns(table, f"the {split} table", [*task.inputs(config), *task.answers(config)])
     if "test" not in tables:
-        tables["train"], tables["test"] = _hold_out(tables["train"], config, config.test_fraction)
+        tables["train"], tables["test"] = _hold_out(tables["train"], config, task, config.test_fraction)
     if config.evaluate_on == "validation" and "validation" not in tables:
         if config.validation_fraction == 0:
             raise FederaError("data.evaluate_on=validation: give data.validation or data.validation_fraction")
-        tables["train"], tables["validation"] = _hold_out(tables["train"], config, config.validation_fraction)
+        tables["train"], tables["validation"] = _hold_out(
+            tables["train"], config, task, config.validation_fraction
+        )
     train = _sample(tables["train"], config.max_train, config.split_seed)
     return Splits(train, _sample(tables[config.evaluate_on], config.max_test, config.split_seed))
 
@@ -173,24 +216,35 @@ def _read_source(config: DataConfig) -> dict[str, Any]:
     return _read_hub(config.train, config.subset)
 
 
-def _require_columns(table: Any, split: str, config: DataConfig) -> None:
-    for column in (config.text_column, config.text_pair_column, config.label_column):
-        if column is not None and column not in table.column_names:
-            known = table.column_names
+def require_columns(table: Any, what: str, columns: Sequence[str]) -> None:
+    """Raise unless a table has some columns.
+
+    Raises:
+        FederaError: it lacks one.
+    """
+    known = table.column_names
+    for column in columns:
+        if column not in known:
             raise FederaError(
-                f"data: the {split} table has no column {column!r}{nearest(column, known)}; "
-                f"it has {', '.join(known)}"
+                f"data: {what} has no column {column!r}{nearest(column, known)}; it has {', '.join(known)}"
             )
 
 
-def _hold_out(table: Any, config: DataConfig, fraction: float) -> tuple[Any, Any]:
-    labels = [str(label) for label in table[config.label_column]]
-    rows = np.arange(len(labels))
-    common = min(np.unique(labels, return_counts=True)[1]) > 1
+def _hold_out(table: Any, config: DataConfig, task: Needs, fraction: float) -> tuple[Any, Any]:
+    rows = np.arange(len(table))
+    units, strata = task.units(table, config), task.strata(table, config)
     try:
-        kept, held = train_test_split(
-            rows, test_size=fraction, random_state=config.split_seed, stratify=labels if common else None
-        )
+        if units is not None:
+            split = GroupShuffleSplit(1, test_size=fraction, random_state=config.split_seed)
+            kept, held = next(split.split(rows, groups=units))
+        else:
+            rare = strata is None or min(np.unique(strata, return_counts=True)[1]) < 2
+            kept, held = train_test_split(
+                rows,
+                test_size=fraction,
+                random_state=config.split_seed,
+                stratify=None if rare else strata,
+            )
     except ValueError as error:
         raise FederaError(f"data: cannot hold out {fraction:.0%} of {len(rows)} rows ({error})") from error
     return table.select(np.sort(kept)), table.select(np.sort(held))

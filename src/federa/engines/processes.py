@@ -7,13 +7,11 @@ go through pipes. A worker that dies is forked anew, and its job is run again.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import mmap
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 import traceback
 from collections import deque
@@ -30,7 +28,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from federa.engines.base import ENGINES, Engine, Session, keep_freed_memory, share_cores
-from federa.machine import available_cores
+from federa.machine import available_cores, die_with_parent
 from federa.state import num_bytes
 from federa.types import FederaError, FloatArray, IntArray, Job, RoundFailedError, State, Update
 
@@ -153,7 +151,7 @@ class ProcessesSession:
         for other in others:  # else a dead parent's pipe would stay open in the siblings
             other.close()
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
-        _die_with_parent()
+        die_with_parent()
         if self._threads == 1:
             self._serve(pipe)
             return
@@ -298,12 +296,6 @@ def _deadly(request: _Request) -> RoundFailedError:
         f"{what}: {MAX_DEATHS} workers died on it one after the other (out of memory?). "
         "The last good state is kept"
     )
-
-
-def _die_with_parent() -> None:
-    """Ask Linux to kill this process when its parent dies, even by SIGKILL (prctl PR_SET_PDEATHSIG)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 @ENGINES.register

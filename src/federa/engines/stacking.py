@@ -24,7 +24,7 @@ from transformers.masking_utils import AttentionMaskInterface, bidirectional_mas
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from federa.client import ClientConfig, Trainer
-from federa.data.batches import IGNORED_LABEL, Encoded
+from federa.data.batches import Encoded
 from federa.seeds import seed_for, torch_seeded
 from federa.types import IntArray, Job, State, Update
 
@@ -195,16 +195,16 @@ def num_steps(config: ClientConfig, rows: int) -> int:
 def stacked_batch(data: Encoded, parts: Sequence[IntArray], device: torch.device) -> dict[str, Tensor]:
     """Return one batch of each of several clients, `(clients, most rows, longest of all)`.
 
-    A client with fewer rows repeats its last one, with a label that the loss skips: its mean is over its own.
+    A client with fewer rows repeats its last one, with a target that the loss skips: its mean is over its
+    own.
     """
     most = max(len(part) for part in parts)
     rows = np.concatenate([np.pad(part, (0, most - len(part)), mode="edge") for part in parts])
     inputs = data.batch(rows, torch.device("cpu"))
     own = torch.arange(most)[None, :] < torch.tensor([len(part) for part in parts])[:, None]
-    labels = inputs.keys() - data.features.keys() - {"attention_mask"}
-    for name in labels:
+    for name in data.targets:
         inputs[name] = inputs[name].clone()  # it may be a view of the data set
-        inputs[name][~own.flatten()] = IGNORED_LABEL
+        inputs[name][~own.flatten()] = data.pad[name]
     batch = {name: t.view(len(parts), most, *t.shape[1:]) for name, t in inputs.items()}
     if device.type == "cuda":
         batch = {name: t.pin_memory() for name, t in batch.items()}

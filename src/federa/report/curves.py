@@ -22,11 +22,21 @@ _LOG_FROM = 20.0
 
 @dataclass(frozen=True)
 class Line:
-    """One run's curve; its place in the list of runs gives its colour, marker and dash."""
+    """One series of a figure.
+
+    Attributes:
+        slot: its place in the list of series, which gives its colour, marker and dash.
+        x: finite.
+        y: finite.
+        low: the lower edge of a band around it, if it has one.
+        high: the upper edge.
+    """
 
     slot: int
     x: Floats
     y: Floats
+    low: Floats | None = None
+    high: Floats | None = None
 
 
 @dataclass(frozen=True)
@@ -45,47 +55,54 @@ def all_curves(runs: Sequence[RunRecord]) -> list[Curve]:
     metrics = [run.column(run.metric) for run in runs]
     rounds = [run.column("round") for run in runs]
     losses = [run.column("loss") for run in runs]
-    sent = [np.nancumsum(run.column("bytes_up")) + np.nancumsum(run.column("bytes_down")) for run in runs]
-    spent = [np.nancumsum(run.column("seconds_round")) for run in runs]
+    sent, spent = [bytes_sent(run) for run in runs], [seconds_spent(run) for run in runs]
     size, byte_name = byte_unit(_most(sent))
     second, time_name = time_unit(_most(spent))
     by_size, by_time = [bytes_ / size for bytes_ in sent], [seconds / second for seconds in spent]
     return [
-        Curve(f"{capital(name)} over rounds", _figure(rounds, metrics, "round", name, level, whole=True)),
         Curve(
-            "Training loss over rounds", _figure(rounds, losses, "round", "mean loss of clients", whole=True)
+            f"{capital(name)} over rounds",
+            curve_figure(_lines(rounds, metrics), "round", name, level, whole=True),
+        ),
+        Curve(
+            "Training loss over rounds",
+            curve_figure(_lines(rounds, losses), "round", "mean loss of clients", whole=True),
         ),
         Curve(
             f"{capital(name)} against bytes sent",
-            _figure(by_size, metrics, f"sent, up and down ({byte_name})", name, level),
+            curve_figure(_lines(by_size, metrics), f"sent, up and down ({byte_name})", name, level),
         ),
         Curve(
             f"{capital(name)} against time",
-            _figure(by_time, metrics, f"time in rounds ({time_name})", name, level),
+            curve_figure(_lines(by_time, metrics), f"time in rounds ({time_name})", name, level),
         ),
     ]
 
 
-def _figure(
-    xs: Sequence[Floats],
-    ys: Sequence[Floats],
-    x_label: str,
-    y_label: str,
-    level: float | None = None,
-    *,
-    whole: bool = False,
+def bytes_sent(run: RunRecord) -> Floats:
+    """Return the bytes sent up and down by the end of each round."""
+    sent: Floats = np.nancumsum(run.column("bytes_up")) + np.nancumsum(run.column("bytes_down"))
+    return sent
+
+
+def seconds_spent(run: RunRecord) -> Floats:
+    """Return the seconds in rounds by the end of each round."""
+    spent: Floats = np.nancumsum(run.column("seconds_round"))
+    return spent
+
+
+def curve_figure(
+    lines: Sequence[Line], x_label: str, y_label: str, level: float | None = None, *, whole: bool = False
 ) -> Figure:
-    """Return the runs' curves on one pair of axes.
+    """Return lines on one pair of axes.
 
     Args:
-        xs: one array a run.
-        ys: one array a run; what is not finite is left out.
+        lines: empty ones leave no trace.
         x_label: with its unit.
         y_label: with its unit.
         level: the target, drawn across.
         whole: x counts rounds.
     """
-    lines = [_line(slot, x, y) for slot, (x, y) in enumerate(zip(xs, ys, strict=True))]
     with drawing():
         figure = Figure(figsize=(4.5, 2.75), layout="constrained")
         axes = figure.add_subplot()
@@ -106,13 +123,20 @@ def _figure(
     return figure
 
 
-def _line(slot: int, x: Floats, y: Floats) -> Line:
-    """Keep the points that were measured."""
-    measured = np.isfinite(x) & np.isfinite(y)
-    return Line(slot, x[measured], y[measured])
+def _lines(xs: Sequence[Floats], ys: Sequence[Floats]) -> list[Line]:
+    """Return one line a run, of the points that were measured."""
+    lines = []
+    for slot, (x, y) in enumerate(zip(xs, ys, strict=True)):
+        measured = np.isfinite(x) & np.isfinite(y)
+        lines.append(Line(slot, x[measured], y[measured]))
+    return lines
 
 
 def _draw(axes: Axes, line: Line) -> None:
+    if line.low is not None and line.high is not None:
+        axes.fill_between(
+            line.x, line.low, line.high, color=series_colour(line.slot), alpha=0.15, linewidth=0
+        )
     axes.plot(
         line.x,
         line.y,

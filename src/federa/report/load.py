@@ -134,7 +134,7 @@ def load_run(folder: Path) -> RunRecord:
         recipe=recipe,
         config=config if isinstance(config, dict) else {},
         environment=_read_object(folder / "environment.json"),
-        rounds=_read_rounds(folder / "metrics.jsonl"),
+        rounds=read_records(folder / "metrics.jsonl"),
         partition=_read_object(folder / "partition.json"),
         result=_read_object(folder / "result.json"),
     )
@@ -162,8 +162,8 @@ def _read_object(path: Path) -> Record:
     return _parse(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def _read_rounds(path: Path) -> list[Record]:
-    """Return the records by round; of a round that a resume ran again, the last."""
+def read_records(path: Path) -> list[Record]:
+    """Return a file's records by round; of a round that a resume ran again, the last."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     records = [record for record in map(_parse, lines) if is_number(record.get("round"))]
     by_round = {record["round"]: record for record in records}

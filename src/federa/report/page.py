@@ -6,21 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
-
 from federa.report.curves import all_curves
 from federa.report.load import RunRecord, flatten, load_run
 from federa.report.naming import differing, headline, labels
-from federa.report.palette import DARK, DASHES, GLYPHS, LIGHT, SERIES, css_variables
-from federa.report.partition import partition_figure
+from federa.report.parts import legend_entry, partitions
 from federa.report.svg import inline_svg
-from federa.report.tables import Table, comparison, rejections, rounds_table, sizes_table, tiles, warnings
+from federa.report.tables import Table, comparison, rejections, rounds_table, tiles, warnings
+from federa.report.template import render
 from federa.report.words import plural
 from federa.state import write_atomically
 from federa.types import FederaError
-
-_HERE = Path(__file__).parent
 
 
 def write_report(folders: Sequence[Path], to: Path) -> Path:
@@ -41,15 +36,7 @@ def write_report(folders: Sequence[Path], to: Path) -> Path:
     if not folders:
         raise FederaError("no run to report; give at least one run directory")
     runs = [load_run(Path(folder)) for folder in folders]
-    environment = Environment(
-        loader=FileSystemLoader(_HERE),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
-    )
-    page = environment.get_template("page.html.j2").render(_context(runs))
-    write_atomically(to, page.encode())
+    write_atomically(to, render("page.html.j2", ["page.css"], _context(runs)))
     return to
 
 
@@ -67,10 +54,7 @@ def _context(runs: Sequence[RunRecord]) -> dict[str, Any]:
         "title": title,
         "sentence": sentence,
         "several": several,
-        "light": Markup(css_variables(LIGHT)),
-        "dark": Markup(css_variables(DARK)),
-        "css": Markup((_HERE / "page.css").read_text(encoding="utf-8")),
-        "legend": [_legend(slot, name) for slot, name in enumerate(names)],
+        "legend": [legend_entry(slot, name) for slot, name in enumerate(names)],
         "tiles": [] if several else tiles(runs[0]),
         "warnings": [
             f"{name}: {note}" if several else note
@@ -80,38 +64,9 @@ def _context(runs: Sequence[RunRecord]) -> dict[str, Any]:
         "comparison": comparison(runs, names) if several else None,
         "unlike": Table(["key", *names], [[key, *row] for key, row in unlike.items()], wordy=True),
         "curves": curves,
-        "partitions": _partitions(runs, names),
+        "partitions": partitions(runs, names),
         "runs": [_details(run, name) for run, name in zip(runs, names, strict=True)],
     }
-
-
-def _legend(slot: int, name: str) -> tuple[str, str, str]:
-    """Return a run's colour, marker with its dash, and name."""
-    dash = {"-": "", "--": " - -", ":": " ···", "-.": " -·-"}[DASHES[slot // SERIES % len(DASHES)]]
-    return f"var(--s{slot % SERIES})", GLYPHS[slot % SERIES] + dash, name
-
-
-def _partitions(runs: Sequence[RunRecord], names: Sequence[str]) -> list[dict[str, Any]]:
-    """Return each different partition once, with the runs that share it."""
-    shared: list[tuple[RunRecord, list[str]]] = []
-    for run, name in zip(runs, names, strict=True):
-        same = next((who for other, who in shared if other.partition == run.partition), None)
-        if same is not None:
-            same.append(name)
-        elif run.sizes.size:
-            shared.append((run, [name]))
-    return [
-        {
-            "names": [] if len(shared) == 1 else who,
-            "table": sizes_table(run),
-            "svg": inline_svg(
-                partition_figure(run.counts, run.groups, run.sizes),
-                f"p{i}",
-                f"Partition of the examples over {plural(len(run.sizes), 'client')}",
-            ),
-        }
-        for i, (run, who) in enumerate(shared)
-    ]
 
 
 def _details(run: RunRecord, name: str) -> dict[str, Any]:

@@ -37,12 +37,21 @@ _ROUND_COLUMNS = {
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under a heading; the first column names the row, numbers stand to the right."""
+    """Rows under a heading; the first column names the row, numbers stand to the right.
+
+    Attributes:
+        head: the names of the columns.
+        rows: cells in words.
+        wordy: cells are text that wraps, and stand to the left.
+        best: cells to stress, by row and column.
+        groups: what stands above a row, by its place: the name of the rows from there on.
+    """
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
     wordy: bool = False
     best: frozenset[tuple[int, int]] = field(default_factory=frozenset)
+    groups: Mapping[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -117,13 +126,19 @@ def comparison(runs: Sequence[RunRecord], labels: Sequence[str]) -> Table:
     ]
     higher = [[one.final, one.best, one.worst] for one in told]
     lower = [[one.trained, one.sent, one.seconds] for one in told]
-    return Table(head, rows, best=frozenset(_best(higher, max, 1) | _best(lower, min, 4)))
+    return Table(head, rows, best=frozenset(best_cells(higher, max, 1) | best_cells(lower, min, 4)))
 
 
-def _best(
+def best_cells(
     table: Sequence[Sequence[float | None]], pick: Callable[[Iterable[float]], float], first: int
 ) -> set[tuple[int, int]]:
-    """Return the cells that are best in their column, of columns with a difference."""
+    """Return the cells that are best in their column, of columns with a difference.
+
+    Args:
+        table: values by row and column; None where there is none.
+        pick: `max` or `min`.
+        first: the place of the first of these columns in the whole table.
+    """
     cells = set()
     for column, values in enumerate(zip(*table, strict=True), first):
         known = {value for value in values if value is not None}

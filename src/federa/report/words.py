@@ -92,3 +92,15 @@ def metric_words(name: str) -> str:
 def capital(sentence: str) -> str:
     """Return a sentence that begins with a capital."""
     return sentence[:1].upper() + sentence[1:]
+
+
+def points(value: Any) -> str:
+    """Return a score in points with one decimal."""
+    exact = number(value)
+    return NONE if exact is None else f"{exact:.1f}"
+
+
+def signed(value: Any) -> str:
+    """Return a difference in points with its sign."""
+    exact = number(value)
+    return NONE if exact is None else f"{round(exact, 1) + 0.0:+.1f}".replace("-", "−")

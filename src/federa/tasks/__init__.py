@@ -2,5 +2,7 @@
 
 from federa.tasks.base import TASKS, Task
 from federa.tasks.classification import Classification
+from federa.tasks.ner import NER
+from federa.tasks.qa import QA
 
-__all__ = ["TASKS", "Classification", "Task"]
+__all__ = ["NER", "QA", "TASKS", "Classification", "Task"]

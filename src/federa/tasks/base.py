@@ -4,62 +4,137 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
+from pydantic import Field
 from torch import Tensor
 
 from federa.data.batches import Encoded
 from federa.data.datasets import DataConfig
 from federa.registry import Component, Registry
-from federa.types import FloatArray, IntArray
+from federa.types import FederaError, FloatArray, IntArray
+
+Prediction = Any
+"""What a task makes of a model's outputs for one example: its own kind of thing."""
 
 
 class Task(Component, ABC):
     """What a model is trained for.
 
+    A row of the table is an example. Tasks that split long texts encode an example as several rows of
+    `Encoded`; partitions, predictions and scores are by example.
+
     Attributes:
         auto_class: the transformers auto class that gives the model its head.
-        primary: the metric that curves, targets and tables use.
-        max_length: examples are cut (or, in tasks that can, split) at so many tokens.
+        peft_type: what PEFT calls such a model.
+        max_length: rows are cut, or texts split, at so many tokens.
+        group_by: what partitions skew on: None for the task's own groups, `clusters` for k-means over
+            sentence embeddings of the texts, or a column of the table.
+        clusters: the number of clusters of `group_by=clusters` (FedNLP's for SQuAD is 30).
+        added_tokens: words that become tokens of the vocabulary, such as the marks `<e1>` of SemEval's
+            entities; each starts as the mean of the tokens it was. Without this they stay text.
     """
 
     auto_class: ClassVar[str]
-    primary: ClassVar[str]
+    peft_type: ClassVar[str]
     max_length: int = 128
+    group_by: str | None = None
+    clusters: int = Field(default=30, ge=2)
+    added_tokens: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+
+    @property
+    @abstractmethod
+    def primary(self) -> str:
+        """The metric that curves, targets and tables use."""
+
+    @abstractmethod
+    def inputs(self, data: DataConfig) -> list[str]:
+        """Return the columns that a prediction needs."""
+
+    @abstractmethod
+    def answers(self, data: DataConfig) -> list[str]:
+        """Return the columns that training needs besides."""
 
     @abstractmethod
     def labels(self, table: Any, data: DataConfig) -> list[str]:
         """Return the label names, in the order of their ids, as the training table has them."""
 
     @abstractmethod
-    def encode(self, table: Any, data: DataConfig, tokenizer: Any, labels: Sequence[str]) -> Encoded:
+    def encode(self, table: Any, data: DataConfig, tokenizer: Any, labels: Sequence[str] | None) -> Encoded:
         """Return the table's examples as flat arrays.
 
+        Args:
+            table: the examples.
+            data: which columns hold what.
+            tokenizer: the model's.
+            labels: the label names; None to encode for predictions, without targets.
+
         Raises:
-            FederaError: a label outside the set, or an example without text.
+            FederaError: a label outside the set, or an example that cannot be used; it names the row.
         """
 
-    @abstractmethod
-    def groups(self, encoded: Encoded) -> IntArray:
-        """Return what a partitioner may skew on, `(num_examples,)`, ids from 0."""
+    def from_text(self, text: str) -> Any:
+        """Return what the input column holds for a line of plain text."""
+        return text
 
     @abstractmethod
-    def group_names(self, labels: Sequence[str]) -> list[str]:
-        """Return the names of the groups, in the order of their ids."""
+    def texts(self, table: Any, data: DataConfig) -> list[str]:
+        """Return one text an example, which stands for it where examples are clustered."""
+
+    def groups(self, table: Any, data: DataConfig) -> list[str] | None:
+        """Return the task's own group of every example, or None where a task has none: then it clusters."""
+        return None
+
+    def strata(self, table: Any, data: DataConfig) -> list[str] | None:
+        """Return values of which a hold-out keeps the shares, one an example; None for no such thing."""
+        return None
+
+    def units(self, table: Any, data: DataConfig) -> list[str] | None:
+        """Return values of which a hold-out keeps equal ones together; None for no such thing."""
+        return None
 
     @abstractmethod
     def outputs(self, model_output: Any) -> Tensor:
-        """Return what scoring needs of a model's output, `(batch, ...)`."""
+        """Return what decoding needs of a model's output, `(batch, ...)`."""
 
     @abstractmethod
-    def score(self, outputs: Sequence[FloatArray], encoded: Encoded, rows: IntArray) -> dict[str, float]:
-        """Return the metrics of some examples.
+    def decode(self, outputs: Sequence[FloatArray], encoded: Encoded, examples: IntArray) -> list[Prediction]:
+        """Return a prediction for each of some examples.
 
         Args:
-            outputs: what `outputs` gave, one array an example, in the order of `rows`.
-            encoded: the data set that the rows belong to.
-            rows: `(num_rows,)`, row numbers.
+            outputs: what `outputs` gave, one array a row, in the order of `encoded.rows_of(examples)`.
+            encoded: the data set that the examples belong to.
+            examples: `(num_examples,)`, example numbers.
         """
+
+    @abstractmethod
+    def score(
+        self, predictions: Sequence[Prediction], encoded: Encoded, examples: IntArray
+    ) -> dict[str, float]:
+        """Return the metrics of some examples, whose predictions come in the same order."""
+
+    @abstractmethod
+    def show(self, prediction: Prediction, labels: Sequence[str]) -> dict[str, Any]:
+        """Return a prediction as people read it, of JSON's types."""
 
 
 TASKS: Registry[Task] = Registry("task")
+
+
+def require_texts(table: Any, columns: Sequence[str]) -> list[list[str]]:
+    """Return columns of texts.
+
+    Raises:
+        FederaError: a cell that is not a text; it names the row.
+    """
+    texts = [list(table[column]) for column in columns]
+    for column, values in zip(columns, texts, strict=True):
+        wrong = next((i for i, v in enumerate(values) if not isinstance(v, str)), None)
+        if wrong is not None:
+            raise FederaError(f"data: row {wrong} of column {column!r} is {values[wrong]!r}, not a text")
+    return texts
+
+
+def paddings(tokenizer: Any) -> dict[str, int]:
+    """Return what fills up the features that a tokenizer gives."""
+    return {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}

@@ -1,0 +1,285 @@
+"""`federa compare`: methods x seeds x settings, each method at its own tuned learning rate."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.table import Table
+
+from federa.checkpoint import RunDirectory
+from federa.compare.execute import Runner, Say, Summary, jobs_for
+from federa.compare.grid import Cell, Comparison, Grid, Setting
+from federa.compare.tables import (
+    ALL,
+    Lines,
+    Row,
+    latex,
+    markdown,
+    overall_lines,
+    reached_lines,
+    row_of,
+    setting_lines,
+    write_csv,
+)
+from federa.config import parse_config, read_yaml
+from federa.experiment import resolve
+from federa.machine import available_cores
+from federa.plan import make_plan
+from federa.progress import readable_seconds
+from federa.report import GridCell, Pair, Reached, write_grid_report
+from federa.state import write_atomically
+from federa.statistics import cost_to, mean_cost, paired
+from federa.types import FederaError
+
+__all__ = ["Comparison", "Grid", "Setting", "compare_methods", "settled", "time_estimate"]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a comparison found.
+
+    Attributes:
+        rows: one a run, as in `cells.csv`.
+        pairs: paired differences to the first method, by setting, and over all settings if there are several.
+        reached: costs to shares of the reference's best score.
+        tables: what the terminal shows: a title and lines each.
+    """
+
+    rows: list[Row]
+    pairs: list[Pair]
+    reached: list[Reached]
+    tables: list[tuple[str, Lines]]
+
+
+def compare_methods(comparison: Comparison, folder: Path, say: Say) -> Outcome:
+    """Run all cells that are not finished, and write the tables and the report.
+
+    Args:
+        comparison: what to compare.
+        folder: gets `settings/` (resolved recipes), `tune/` and `cells/` (a run directory each), `cells.csv`,
+            `table.md`, `table.tex` and `report.html`; what is finished there is taken as it is.
+        say: is given one line a run.
+
+    Raises:
+        FederaError: a mistake in a recipe, or a folder that is something else.
+    """
+    comparison, jobs = settled(comparison, folder)
+    runner = Runner(folder, jobs)
+    with runner.open():
+        rates = _tuned(comparison, runner, say)
+        cells = [
+            comparison.cell(setting, method, seed, rates[setting.name, method])
+            for setting in comparison.settings
+            for seed in comparison.grid.seeds
+            for method in comparison.grid.methods
+        ]
+        results = runner.run(cells, _Told(len(cells), say))
+    rows = [row_of(cell, results[cell.folder]) for cell in cells]
+    outcome = _outcome(comparison, folder, cells, rows)
+    _write(comparison, folder, cells, outcome)
+    return outcome
+
+
+class _Told:
+    """Says a line for every run that ends."""
+
+    def __init__(self, of: int, say: Say) -> None:
+        self._done, self._of, self._say = 0, of, say
+
+    def __call__(self, cell: Cell, summary: Summary | None, wrong: str) -> None:
+        self._done += 1
+        what = f"[{self._done}/{self._of}] {cell.setting}: {cell.folder.name}"
+        if summary is None:
+            self._say(f"{what}: {wrong}")
+            return
+        spent = readable_seconds(summary["seconds_rounds"])
+        self._say(f"{what}: {summary['metric']} {summary['final']:.4f} in {spent}")
+
+
+def settled(comparison: Comparison, folder: Path) -> tuple[Comparison, int]:
+    """Return the comparison with `auto` resolved once, for all of its runs and for when it is run again.
+
+    What a setting was run with the first time (precision, device, engine) it keeps.
+
+    Returns:
+        The comparison, and the number of runs at a time.
+
+    Raises:
+        FederaError: the folder is a file, or holds something else.
+    """
+    kept = folder / "settings"
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not kept.is_dir())):
+        raise FederaError(f"--out: {folder} is there already and is no comparison; give another directory")
+    jobs = min(jobs_for(setting.config, comparison.grid.jobs) for setting in comparison.settings)
+    settings = []
+    for setting in comparison.settings:
+        file = kept / f"{setting.slug}.yaml"
+        if file.is_file():
+            before = parse_config(read_yaml(file))
+            engine = before.engine.model_dump(mode="json")
+            same = {"client.precision": before.client.precision, "device": before.device, "engine": engine}
+            config = setting.config.replace(**same)
+        else:
+            config = resolve(setting.config)
+            if jobs > 1 and config.engine.threads is None:
+                config = config.replace(**{"engine.threads": available_cores() // jobs})
+            write_atomically(file, config.to_yaml().encode())
+        settings.append(dataclasses.replace(setting, config=config))
+    return dataclasses.replace(comparison, settings=tuple(settings)), jobs
+
+
+def time_estimate(comparison: Comparison, say: Say) -> float:
+    """Return the seconds that all of a comparison will take, from a few steps of every method.
+
+    Args:
+        comparison: what to run.
+        say: is given one line for each.
+
+    Raises:
+        FederaError: a mistake in a recipe; so one that cannot run is found before hours of others.
+    """
+    total, longest = 0.0, 0.0
+    for setting in comparison.settings:
+        jobs = jobs_for(setting.config, comparison.grid.jobs)
+        for method in comparison.grid.methods:
+            cell = comparison.cell(setting, method, comparison.grid.seeds[0], None)
+            seconds = make_plan(cell.config).seconds
+            rounds = sum(runs * each for runs, each in comparison.rungs(setting, method))
+            runs = len(comparison.grid.seeds) + rounds / setting.config.rounds
+            say(f"{setting.name}: {method}: {readable_seconds(seconds)} a run")
+            total += runs * seconds / jobs
+            longest = max(longest, seconds)
+    return max(total, longest)
+
+
+def _tuned(comparison: Comparison, runner: Runner, say: Say) -> dict[tuple[str, str], float | None]:
+    """Return the learning rate of every method in every setting: the best on held-out examples.
+
+    Raises:
+        FederaError: training failed at every rate.
+    """
+    left: dict[tuple[str, str], list[float]] = {}
+    for setting in comparison.settings:
+        for method in comparison.grid.methods:
+            left[setting.name, method] = list(comparison.grid.lrs.get(method, ()))
+    by_name = {setting.name: setting for setting in comparison.settings}
+    plans = {key: comparison.rungs(by_name[key[0]], key[1]) for key in left}
+    for rung in range(max(len(plan) for plan in plans.values())):
+        tried = {
+            (key, lr): comparison.tuning(by_name[key[0]], key[1], lr, plan[rung][1])
+            for key, plan in plans.items()
+            if rung < len(plan)
+            for lr in left[key]
+        }
+        results = runner.run(list(tried.values()), _Told(len(tried), say))
+        scores = {key: _score(results[cell.folder]) for key, cell in tried.items()}
+        for key, plan in plans.items():
+            if rung < len(plan):
+                ranked = sorted(left[key], key=lambda lr: -scores[key, lr])
+                if not math.isfinite(scores[key, ranked[0]]):
+                    raise FederaError(
+                        f"grid.lrs: {key[0]}: {key[1]} failed at every learning rate; try smaller ones"
+                    )
+                left[key] = ranked[: plan[rung + 1][0] if rung + 1 < len(plan) else 1]
+    for (name, method), rates in left.items():
+        grid = comparison.grid.lrs.get(method, ())
+        if len(grid) > 2 and rates[0] in (min(grid), max(grid)):
+            say(f"{name}: {method}: the best rate, {rates[0]:g}, is at the edge of those tried")
+    return {key: rates[0] if rates else None for key, rates in left.items()}
+
+
+def _score(summary: Summary | None) -> float:
+    return -math.inf if summary is None else float(summary["final"])
+
+
+def _outcome(comparison: Comparison, folder: Path, cells: Sequence[Cell], rows: list[Row]) -> Outcome:
+    methods = comparison.grid.methods
+    scores = {
+        method: {
+            (r["setting"], r["seed"]): r["metric"] for r in rows if r["method"] == method and "metric" in r
+        }
+        for method in methods
+    }
+    names = [setting.name for setting in comparison.settings]
+    pairs = []
+    for group in [*names, ALL] if len(names) > 1 else names:
+        for method in methods[1:]:
+            one, other = (
+                {key: value for key, value in scores[name].items() if group in (ALL, key[0])}
+                for name in (methods[0], method)
+            )
+            found = paired(one, other)
+            if found is not None:
+                pairs.append(Pair(setting=group, method=method, **dataclasses.asdict(found)))
+    reached = list(_reached(comparison, folder, cells, rows))
+    tables = []
+    for name in names:
+        own = {pair.method: pair for pair in pairs if pair.setting == name}
+        tables.append((name, setting_lines([r for r in rows if r["setting"] == name], methods, own)))
+    if len(names) > 1:
+        whole = {pair.method: pair for pair in pairs if pair.setting == ALL}
+        tables.append((ALL, overall_lines(rows, methods, whole)))
+    return Outcome(rows, pairs, reached, tables)
+
+
+def _reached(
+    comparison: Comparison, folder: Path, cells: Sequence[Cell], rows: Sequence[Row]
+) -> Iterable[Reached]:
+    """Yield what every method took to reach shares of the reference's best score."""
+    reference, done = comparison.reference, [r["status"] == "done" for r in rows]
+    for setting in comparison.settings:
+        mine = [c for c, ok in zip(cells, done, strict=True) if ok and c.setting == setting.name]
+        best = [
+            r["best"]
+            for r in rows
+            if (r["setting"], r["method"]) == (setting.name, reference) and "best" in r
+        ]
+        if not best or not setting.config.evaluate_every:
+            continue
+        metric, level = setting.config.task.primary, sum(best) / len(best)
+        for share in comparison.grid.targets:
+            target = f"{share:.0%} of {reference}'s best ({share * level:.3f})"
+            for method in comparison.grid.methods:
+                runs = [RunDirectory(folder / c.folder).records() for c in mine if c.method == method]
+                costs = [cost_to(records, metric, share * level) for records in runs]
+                mean = mean_cost(costs)
+                yield Reached(
+                    setting=setting.name,
+                    method=method,
+                    target=target,
+                    rounds=mean.round if mean else None,
+                    bytes=mean.bytes if mean else None,
+                    seconds=mean.seconds if mean else None,
+                    seeds=sum(cost is not None for cost in costs),
+                    of=len(comparison.grid.seeds),
+                )
+
+
+def _write(comparison: Comparison, folder: Path, cells: Sequence[Cell], outcome: Outcome) -> None:
+    write_csv(folder / "cells.csv", outcome.rows)
+    tables = list(outcome.tables)
+    if outcome.reached:
+        tables.append(("Cost to a target", reached_lines(outcome.reached)))
+    text = "\n".join(f"## {title}\n\n{markdown(lines)}" for title, lines in tables)
+    write_atomically(folder / "table.md", text.encode())
+    parts = "\n".join(f"% {title}\n{latex(lines)}" for title, lines in tables)
+    write_atomically(folder / "table.tex", parts.encode())
+    done = [
+        GridCell(cell.setting, cell.method, cell.config.seed, folder / cell.folder)
+        for cell, row in zip(cells, outcome.rows, strict=True)
+        if row["status"] == "done"
+    ]
+    if done:
+        write_grid_report("federa compare", done, outcome.pairs, outcome.reached, folder / "report.html")
+
+
+def terminal_table(title: str, lines: Lines) -> Table:
+    """Return lines as a table for a terminal."""
+    table = Table(*lines[0], title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for line in lines[1:]:
+        table.add_row(*line)
+    return table

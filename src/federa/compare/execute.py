@@ -1,0 +1,115 @@
+"""Running the cells of a comparison: one after the other, or several at a time in processes of their own."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from federa.compare.grid import Cell
+from federa.config import RunConfig, parse_config
+from federa.machine import available_cores, die_with_parent
+from federa.run import run
+from federa.types import FederaError, RoundFailedError
+
+Summary = dict[str, Any]
+Say = Callable[[str], None]
+Finished = Callable[[Cell, Summary | None, str], None]
+
+
+def jobs_for(config: RunConfig, asked: int | None) -> int:
+    """Return how many runs go at a time: one a core for the serial engine, unless it has threads of its own.
+
+    Raises:
+        FederaError: more than one at a time of an engine that has workers of its own.
+    """
+    alone = config.engine.name == "serial"
+    if asked is not None and asked > 1 and not alone:
+        raise FederaError(
+            f"--jobs {asked}: engine.name={config.engine.name} has workers of its own; use engine.name=serial"
+        )
+    cores = available_cores()
+    if asked is not None and asked * (config.engine.threads or 1) > cores:
+        raise FederaError(f"--jobs {asked}: with engine.threads that is more than the {cores} cores")
+    return asked or (max(1, cores // (config.engine.threads or 1)) if alone else 1)
+
+
+class Runner:
+    """Runs cells; what is finished in the folder is taken as it is.
+
+    Args:
+        folder: of the comparison.
+        jobs: cells at a time.
+    """
+
+    def __init__(self, folder: Path, jobs: int) -> None:
+        self._folder, self._jobs = folder, jobs
+        self._pool: ProcessPoolExecutor | None = None
+
+    def run(self, cells: Sequence[Cell], finished: Finished) -> dict[Path, Summary | None]:
+        """Return the summary of every cell, by its folder; None for one that failed.
+
+        Args:
+            cells: to run.
+            finished: is told of each as it ends, with what went wrong, if anything did.
+        """
+        results: dict[Path, Summary | None] = {}
+        for cell, (summary, wrong) in self._answers(cells):
+            results[cell.folder] = summary
+            finished(cell, summary, wrong)
+        return results
+
+    def _answers(self, cells: Sequence[Cell]) -> Iterator[tuple[Cell, tuple[Summary | None, str]]]:
+        if self._pool is None or len(cells) < 2:
+            for cell in cells:
+                yield cell, run_cell(cell.config, self._folder / cell.folder)
+            return
+        waiting = {
+            self._pool.submit(
+                _in_worker, cell.config.model_dump(mode="json"), str(self._folder / cell.folder)
+            ): cell
+            for cell in cells
+        }
+        for future in as_completed(waiting):
+            yield waiting[future], future.result()
+
+    @contextmanager
+    def open(self) -> Iterator[Runner]:
+        """Start the processes, and end them (what they run as well) with the block."""
+        if self._jobs == 1:
+            yield self
+            return
+        context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
+        pool = ProcessPoolExecutor(self._jobs, context, _start_worker, (available_cores() // self._jobs,))
+        self._pool = pool
+        try:
+            yield self
+        except BaseException:
+            for process in list((pool._processes or {}).values()):
+                process.terminate()
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
+            self._pool = None
+
+
+def run_cell(config: RunConfig, folder: Path) -> tuple[Summary | None, str]:
+    """Run or resume one cell; return its summary, or None and why it failed."""
+    try:
+        return run(config, folder, resume=True).summary, ""
+    except RoundFailedError as error:
+        return None, str(error)
+
+
+def _start_worker(threads: int) -> None:
+    die_with_parent()
+    torch.set_num_threads(threads)
+
+
+def _in_worker(recipe: dict[str, Any], folder: str) -> tuple[Summary | None, str]:
+    return run_cell(parse_config(recipe), Path(folder))

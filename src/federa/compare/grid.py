@@ -1,0 +1,292 @@
+"""What a comparison is made of: settings (data set x skew x model), methods, seeds, and rates to try."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from federa.config import RunConfig, load_config, parse_override, read_yaml
+from federa.data.partition import PARTITIONERS
+from federa.methods import METHODS
+from federa.registry import explain
+from federa.report.load import flatten
+from federa.types import FederaError
+
+DEFAULT_HOLD_OUT = 0.1  # of the training examples, to tune on
+# The key that the value of `NAME:VALUE` of a skew is for.
+SKEW_KEY = {
+    "dirichlet": "alpha",
+    "fednlp": "alpha",
+    "quantity": "beta",
+    "pathological": "classes_per_client",
+    "natural": "column",
+}
+
+
+def _words(value: Any) -> Any:
+    """Return a list from words with commas."""
+    if isinstance(value, str):
+        return [word.strip() for word in value.split(",") if word.strip()]
+    return [value] if isinstance(value, (int, float)) else value
+
+
+Words = Annotated[tuple[str, ...], BeforeValidator(_words)]
+
+
+class Grid(BaseModel):
+    """The `grid:` section of a recipe for `federa compare`; the command line's options go before it.
+
+    Attributes:
+        recipes: one a data set, relative to this file; none for this file's own recipe. What else this file
+            says holds for all of them.
+        methods: names; differences are to the first one.
+        seeds: each gives every method the same partition, cohorts and new head.
+        skews: `dirichlet:0.1`, `fednlp:1`, `quantity:0.5`, `pathological:2`, `natural:author`, `iid`; none
+            for the recipes' own.
+        models: folders or hub names; none for the recipes' own.
+        lrs: learning rates to choose from, by method, on held-out training examples; without any, the
+            recipe's or the method's own.
+        tune: `grid` runs every rate for `tune_rounds`; `halving` runs all for a few rounds, then the better
+            half for twice as many, and so on up to `tune_rounds`.
+        tune_rounds: rounds of a tuning run; None for as many as a run has.
+        targets: shares of the reference's best score whose cost is told.
+        reference: the method that targets are shares of; the first method if it is not among them.
+        jobs: runs at a time; None for one a core where the engine is `serial`, else one.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    recipes: Words = ()
+    methods: Words = ("federa", "lora", "adapter", "bitfit", "ft")
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_words)] = (0, 1, 2)
+    skews: Words = ()
+    models: Words = ()
+    lrs: dict[str, Annotated[tuple[Annotated[float, Field(gt=0)], ...], BeforeValidator(_words)]] = {}
+    tune: Literal["grid", "halving"] = "grid"
+    tune_rounds: int | None = Field(default=None, ge=1)
+    targets: Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], BeforeValidator(_words)] = (
+        0.8,
+        0.9,
+        0.95,
+    )
+    reference: str = "ft"
+    jobs: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Grid:
+        for name in self.methods:
+            METHODS.get(name)
+        for what, values in (("methods", self.methods), ("seeds", self.seeds), ("skews", self.skews)):
+            if len(set(values)) < len(values) or (not values and what != "skews"):
+                raise FederaError(
+                    f"grid.{what}: expected different {what}, got {', '.join(map(str, values))}"
+                )
+        for name in self.lrs:
+            if name not in self.methods:
+                raise FederaError(f"grid.lrs: {name!r} is not among the methods {', '.join(self.methods)}")
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One data set, skew and model.
+
+    Attributes:
+        name: as people read it.
+        config: what all of its runs have in common.
+    """
+
+    name: str
+    config: RunConfig
+
+    @property
+    def slug(self) -> str:
+        """The name as a folder."""
+        return re.sub(r"[^\w.]+", "-", self.name).strip("-")
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One run of a comparison.
+
+    Attributes:
+        setting: its name.
+        method: its name.
+        config: the recipe.
+        folder: relative to that of the comparison.
+    """
+
+    setting: str
+    method: str
+    config: RunConfig
+    folder: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """All that `federa compare` runs."""
+
+    grid: Grid
+    settings: tuple[Setting, ...]
+
+    @classmethod
+    def load(
+        cls, recipes: Sequence[Path], overrides: Sequence[str] = (), options: dict[str, Any] | None = None
+    ) -> Comparison:
+        """Return the comparison that recipes and options describe.
+
+        Args:
+            recipes: one a data set, or one with a `grid` section; none for the embedded default.
+            overrides: `key=value`, for all runs.
+            options: what goes before the grid section, by key of `Grid`; None values do not count.
+
+        Raises:
+            FederaError: anything wrong with it, in one line.
+        """
+        grid: dict[str, Any] = {}
+        files: list[Path | None] = list(recipes) or [None]
+        common: list[str] = []
+        if len(recipes) == 1:
+            raw = read_yaml(recipes[0])
+            if "grid" in raw:
+                grid = raw.pop("grid") or {}
+                listed = grid.get("recipes") if isinstance(grid, dict) else None
+                common = [f"{key}={json.dumps(value)}" for key, value in flatten(raw)] if listed else []
+                files = [recipes[0].parent / name for name in _words(listed)] if listed else files
+        try:
+            parsed = Grid.model_validate(
+                {**grid, **{k: v for k, v in (options or {}).items() if v is not None}}
+            )
+        except ValidationError as error:
+            raise FederaError(explain(error, Grid, "grid")) from error
+        configs = [_load(file, [*common, *overrides]) for file in files]
+        return cls(parsed, tuple(_settings(parsed, configs)))
+
+    @property
+    def reference(self) -> str:
+        """The method whose best score the targets are shares of."""
+        return self.grid.reference if self.grid.reference in self.grid.methods else self.grid.methods[0]
+
+    def cell(self, setting: Setting, method: str, seed: int, lr: float | None) -> Cell:
+        """Return one run.
+
+        Without a rate of its own it has the recipe's, or its method's default if the recipe gives none.
+        A recipe that gives the default of its own method is taken to give none.
+        """
+        folder = Path("cells") / setting.slug / f"{method}-seed{seed}"
+        return Cell(setting.name, method, _config(setting.config, method, seed, lr), folder)
+
+    def tuning(self, setting: Setting, method: str, lr: float, rounds: int) -> Cell:
+        """Return one tuning run: the first seed, judged on held-out training examples."""
+        held = setting.config.data.validation_fraction or DEFAULT_HOLD_OUT
+        config = _config(setting.config, method, self.grid.seeds[0], lr).replace(
+            **{
+                "rounds": rounds,
+                "data.evaluate_on": "validation",
+                "data.validation_fraction": 0.0 if setting.config.data.validation else held,
+                "diagnostics": False,
+                "evaluate_every": 0,
+            }
+        )
+        folder = Path("tune") / setting.slug / f"{method}-lr{lr:g}-rounds{rounds}"
+        return Cell(setting.name, method, config, folder)
+
+    def rungs(self, setting: Setting, method: str) -> list[tuple[int, int]]:
+        """Return how a method's rate is tuned, as (runs, rounds of each) of every rung."""
+        rates = len(self.grid.lrs.get(method, ()))
+        most = self.grid.tune_rounds or setting.config.rounds
+        if rates == 0:
+            return []
+        if self.grid.tune == "grid" or rates == 1:
+            return [(rates, most)]
+        counts = [rates]
+        while counts[-1] > 2:
+            counts.append(math.ceil(counts[-1] / 2))
+        return [(runs, max(1, most >> (len(counts) - 1 - i))) for i, runs in enumerate(counts)]
+
+    def describe(self) -> list[str]:
+        """Return one line for every kind of run that the comparison is made of, and their number."""
+        lines, count = [], 0
+        for setting in self.settings:
+            lines.append(setting.name)
+            for method in self.grid.methods:
+                rates = self.grid.lrs.get(method, ())
+                for runs, rounds in self.rungs(setting, method):
+                    shown = ", ".join(f"{rate:g}" for rate in rates)
+                    lines.append(f"  tune {method:10} {runs} of lr {shown}; {rounds} rounds each")
+                    count += runs
+                fixed = self.cell(setting, method, 0, None).config.client.lr
+                lr = "tuned lr" if rates else f"lr {fixed:g}"
+                seeds = ", ".join(map(str, self.grid.seeds))
+                lines.append(f"  run  {method:10} seeds {seeds}; {lr}, {setting.config.rounds} rounds")
+                count += len(self.grid.seeds)
+        return [*lines, f"{count} runs"]
+
+
+def _config(config: RunConfig, method: str, seed: int, lr: float | None) -> RunConfig:
+    changes: dict[str, Any] = {"method.name": method, "seed": seed}
+    if lr is not None:
+        changes["client.lr"] = lr
+    return config.replace(**changes)
+
+
+def _load(file: Path | None, overrides: Sequence[str]) -> RunConfig:
+    """Return a recipe, its `grid` section left out."""
+    if file is None or "grid" not in read_yaml(file):
+        return load_config(file, overrides)
+    raw = read_yaml(file)
+    del raw["grid"]
+    return load_config(file, overrides, raw)
+
+
+def _settings(grid: Grid, configs: Sequence[RunConfig]) -> Iterator[Setting]:
+    """Yield every data set x skew x model, each with a name of its own."""
+    seen: set[str] = set()
+    for config in configs:
+        for skew in grid.skews or (None,):
+            for model in grid.models or (None,):
+                changes = _skew_changes(skew) if skew is not None else {}
+                if model is not None:
+                    changes |= dict([parse_override(f"model.name={model}")])
+                changed = config.replace(**changes) if changes else config
+                name = (
+                    f"{data_name(changed.data.train)}, {skew_name(changed)}, {Path(changed.model.name).name}"
+                )
+                if name in seen:
+                    raise FederaError(
+                        f"grid: two settings are named {name!r}; give different data, skew or model"
+                    )
+                seen.add(name)
+                yield Setting(name, changed)
+
+
+def _skew_changes(skew: str) -> dict[str, Any]:
+    name, _, value = skew.partition(":")
+    PARTITIONERS.get(name)
+    if not value:
+        return {"partition.name": name}
+    if name not in SKEW_KEY:
+        raise FederaError(f"grid.skews: {skew!r}: {name} takes no value")
+    _, parsed = parse_override(f"{name}={value}")
+    return {"partition.name": name, f"partition.{SKEW_KEY[name]}": parsed}
+
+
+def skew_name(config: RunConfig) -> str:
+    """Return a partition in a word or two, for example `dirichlet 0.1`."""
+    name = config.partition.name
+    value = getattr(config.partition, SKEW_KEY.get(name, ""), None)
+    return name if value is None else f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
+
+
+def data_name(train: str) -> str:
+    """Return a short name of a data set: a file's folder or a folder's own name; a hub name stays whole."""
+    path = Path(train)
+    if not path.exists():
+        return train
+    return path.parent.name if path.is_file() else path.name

@@ -1,0 +1,168 @@
+"""The tables of a comparison: CSV of all runs, and per setting and over all settings what they say."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from federa.compare.execute import Summary
+from federa.compare.grid import Cell, data_name, skew_name
+from federa.progress import readable_bytes, readable_seconds
+from federa.report import Pair, Reached
+from federa.state import write_atomically
+
+COLUMNS = ("method", "data", "model", "skew", "seed", "lr", "metric", "rounds", "bytes", "seconds")
+MORE_COLUMNS = (
+    "metric_name",
+    "best",
+    "trainable_parameters",
+    "total_parameters",
+    "bytes_round",
+    "status",
+    "setting",
+    "folder",
+)
+Row = dict[str, Any]
+Lines = list[list[str]]
+ALL = "all settings"
+
+
+def row_of(cell: Cell, summary: Summary | None) -> Row:
+    """Return one line of `cells.csv`."""
+    config = cell.config
+    row: Row = {
+        "method": cell.method,
+        "data": data_name(config.data.train),
+        "model": config.model.name,
+        "skew": skew_name(config),
+        "seed": config.seed,
+        "lr": config.client.lr,
+        "metric_name": config.task.primary,
+        "status": "failed" if summary is None else "done",
+        "setting": cell.setting,
+        "folder": str(cell.folder),
+    }
+    if summary is not None:
+        sent = summary["bytes_up"] + summary["bytes_down"]
+        row |= {
+            "metric": summary["final"],
+            "best": summary["best"],
+            "rounds": summary["rounds"],
+            "bytes": sent,
+            "bytes_round": sent / summary["rounds"],
+            "seconds": summary["seconds_rounds"],
+            "trainable_parameters": summary["trainable_parameters"],
+            "total_parameters": summary["total_parameters"],
+        }
+    return row
+
+
+def write_csv(path: Path, rows: Sequence[Row]) -> None:
+    """Write all runs."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [*COLUMNS, *MORE_COLUMNS])
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, text.getvalue().encode())
+
+
+def setting_lines(rows: Sequence[Row], methods: Sequence[str], pairs: Mapping[str, Pair]) -> Lines:
+    """Return a header and one line a method, of one setting: score, difference, size and cost."""
+    first = methods[0]
+    head = ["method", "lr", rows[0]["metric_name"], "seeds", f"{first} minus it", "95 % interval", "wins"]
+    lines = [[*head, "trained", "sent a round", "time"]]
+    for method in methods:
+        cells = [row for row in rows if row["method"] == method and row["status"] == "done"]
+        if not cells:
+            lines.append([method, "", "failed", "0", *[""] * 6])
+            continue
+        share = cells[0]["trainable_parameters"] / cells[0]["total_parameters"]
+        lines.append(
+            [
+                method,
+                f"{cells[0]['lr']:g}",
+                mean_spread([cell["metric"] for cell in cells]),
+                str(len(cells)),
+                *_pair_words(pairs.get(method)),
+                f"{cells[0]['trainable_parameters']:,} ({share:.2%})",
+                readable_bytes(cells[0]["bytes_round"]),
+                readable_seconds(float(np.mean([cell["seconds"] for cell in cells]))),
+            ]
+        )
+    return lines
+
+
+def overall_lines(rows: Sequence[Row], methods: Sequence[str], pairs: Mapping[str, Pair]) -> Lines:
+    """Return a header and one line a method, over settings: every score, their mean, and the difference."""
+    settings = list(dict.fromkeys(row["setting"] for row in rows))
+    lines = [["method", *settings, "mean", f"{methods[0]} minus it", "95 % interval", "wins"]]
+    for method in methods:
+        scores = [
+            [
+                r["metric"]
+                for r in rows
+                if (r["setting"], r["method"], r["status"]) == (setting, method, "done")
+            ]
+            for setting in settings
+        ]
+        whole = f"{100 * float(np.mean([np.mean(one) for one in scores])):.1f}" if all(scores) else ""
+        shown = [mean_spread(one) if one else "failed" for one in scores]
+        lines.append([method, *shown, whole, *_pair_words(pairs.get(method))])
+    return lines
+
+
+def reached_lines(reached: Sequence[Reached]) -> Lines:
+    """Return what it took to reach shares of the reference's best score."""
+    lines = [["setting", "target", "method", "rounds", "sent", "time", "seeds"]]
+    for one in reached:
+        cost = (
+            [f"{one.rounds:.1f}", readable_bytes(one.bytes), readable_seconds(one.seconds)]
+            if one.rounds is not None and one.bytes is not None and one.seconds is not None
+            else ["not reached", "", ""]
+        )
+        lines.append([one.setting, one.target, one.method, *cost, f"{one.seeds} of {one.of}"])
+    return lines
+
+
+def _pair_words(pair: Pair | None) -> list[str]:
+    if pair is None:
+        return ["", "", ""]
+    mean = f"{100 * pair.mean:+.1f}"
+    if pair.pairs == 1:
+        return [mean, "", f"{pair.wins:g} of 1"]
+    interval = f"{100 * pair.low:+.1f} to {100 * pair.high:+.1f}"
+    return [f"{mean} ± {100 * pair.spread:.1f}", interval, f"{pair.wins:g} of {pair.pairs}"]
+
+
+def mean_spread(values: Sequence[float]) -> str:
+    """Return mean and sample standard deviation in points, for example `56.1 ± 0.9`."""
+    mean = f"{100 * float(np.mean(values)):.1f}"
+    return mean if len(values) < 2 else f"{mean} ± {100 * float(np.std(values, ddof=1)):.1f}"
+
+
+def markdown(lines: Lines) -> str:
+    """Return a table for Markdown."""
+    escaped = [[text.replace("|", r"\|") for text in line] for line in lines]
+    ruled = [escaped[0], ["---"] * len(lines[0]), *escaped[1:]]
+    return "".join(f"| {' | '.join(line)} |\n" for line in ruled)
+
+
+def latex(lines: Lines) -> str:
+    """Return a table for LaTeX with booktabs."""
+
+    def cells(line: list[str]) -> Iterator[str]:
+        for text in line:
+            for sign in "&%_#$":
+                text = text.replace(sign, "\\" + sign)
+            yield text.replace("±", r"$\pm$")
+
+    body = [" & ".join(cells(line)) + r" \\" for line in lines]
+    columns = "l" + "r" * (len(lines[0]) - 1)
+    middle = "\n".join(body[1:])
+    ruled = ["\\toprule", body[0], "\\midrule", middle, "\\bottomrule"]
+    return "\n".join([f"\\begin{{tabular}}{{{columns}}}", *ruled, "\\end{tabular}", ""])

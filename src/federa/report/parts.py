@@ -1,0 +1,60 @@
+"""Pieces that the page of runs and the page of a grid have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from markupsafe import Markup
+
+from federa.report.load import RunRecord
+from federa.report.palette import DASHES, GLYPHS, SERIES
+from federa.report.partition import partition_figure
+from federa.report.svg import inline_svg
+from federa.report.tables import sizes_table
+from federa.report.words import plural
+
+_DASH_WORDS = {"-": "", "--": " - -", ":": " ···", "-.": " -·-"}
+
+
+def legend_entry(slot: int, name: str) -> tuple[str, str, str]:
+    """Return a series' colour, marker with its dash, and name."""
+    dash = _DASH_WORDS[DASHES[slot // SERIES % len(DASHES)]]
+    return f"var(--s{slot % SERIES})", GLYPHS[slot % SERIES] + dash, name
+
+
+def marked(slot: int, name: str) -> Markup:
+    """Return a name behind its coloured marker, as the first cell of a row."""
+    colour, glyph, _ = legend_entry(slot, name)
+    return Markup('<span class="key" style="color: {}" aria-hidden="true">{}</span> {}').format(
+        colour, glyph, name
+    )
+
+
+def partitions(runs: Sequence[RunRecord], names: Sequence[str], key: str = "p") -> list[dict[str, Any]]:
+    """Return each different partition once, with the runs that share it.
+
+    Args:
+        runs: those without a partition are passed over.
+        names: of the runs.
+        key: prefix of the ids inside the pictures, unique on the page.
+    """
+    shared: list[tuple[RunRecord, list[str]]] = []
+    for run, name in zip(runs, names, strict=True):
+        same = next((who for other, who in shared if other.partition == run.partition), None)
+        if same is not None:
+            same.append(name)
+        elif run.sizes.size:
+            shared.append((run, [name]))
+    return [
+        {
+            "names": [] if len(shared) == 1 else who,
+            "table": sizes_table(run),
+            "svg": inline_svg(
+                partition_figure(run.counts, run.groups, run.sizes),
+                f"{key}{i}",
+                f"Partition of the examples over {plural(len(run.sizes), 'client')}",
+            ),
+        }
+        for i, (run, who) in enumerate(shared)
+    ]
