@@ -19,7 +19,7 @@ from federa.compare.grid import Grid, Setting
 from federa.compare.tables import COLUMNS, latex, markdown
 from federa.config import parse_config
 from federa.types import FederaError
-from running import alive, federa
+from running import alive, federa, short_reports
 from small import small_recipe
 
 SKEWS = "dirichlet:0.5,iid"
@@ -42,7 +42,14 @@ def done(encoder, train_csv, test_csv, tmp_path_factory):
     to, said = tmp_path_factory.mktemp("compare"), []
     recipe = small_recipe(encoder("bert"), train_csv, test_csv)
     made = comparison(recipe, to)
-    return made, to / "out", compare_methods(made, to / "out", said.append), said
+    with pytest.MonkeyPatch.context() as patch:
+        short_reports(patch)
+        return made, to / "out", compare_methods(made, to / "out", said.append), said
+
+
+@pytest.fixture(autouse=True)
+def _short_reports(monkeypatch):
+    short_reports(monkeypatch)
 
 
 def rows_of(folder):

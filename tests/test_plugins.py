@@ -130,7 +130,7 @@ def test_a_run_directory_finds_its_plugin_again(recipe, tmp_path, monkeypatch):
     monkeypatch.chdir("/")
     model = load(tmp_path / "run")
     assert sum("lora_A" in name for name, _ in model.model.named_parameters()) == 4
-    assert next(model.predict(["cup goal"]))[0] in ("food", "sport", "tech")
+    assert next(model.predict(["cup goal"]))["label"] in ("food", "sport", "tech")
 
 
 def test_a_relative_plugin_is_relative_to_the_recipe(recipe, write, monkeypatch, tmp_path):

@@ -1,6 +1,7 @@
 """`federa init`: a recipe that parses, whatever the data is called."""
 
 import csv
+import json
 
 import pytest
 import yaml
@@ -39,6 +40,35 @@ def test_columns_are_found_by_their_names(tmp_path, columns, text, label):
     )
     assert (config.partition.clients, config.cohort, config.rounds) == (20, 5, 20)
     assert to.read_text().count("#") > 15, "a recipe to learn from has comments"
+
+
+@pytest.mark.parametrize(
+    ("rows", "task", "columns"),
+    [
+        ({"words": ["a"], "ner_tags": ["O"]}, "ner", {"tokens_column": "words", "tags_column": "ner_tags"}),
+        ({"tokens": ["a"], "tags": ["O"], "text": "a", "label": "b"}, "ner", {"tokens_column": "tokens"}),
+        (
+            {"question": "q", "context": "c", "answers": {"text": ["c"], "answer_start": [0]}},
+            "qa",
+            {"question_column": "question", "context_column": "context", "answers_column": "answers"},
+        ),
+        ({"text": "a", "label": "b", "question": "q"}, "classification", {"text_column": "text"}),
+    ],
+)
+def test_the_columns_say_what_task_it_is(tmp_path, rows, task, columns):
+    (tmp_path / "d.jsonl").write_text(json.dumps(rows) + "\n")
+    config = load_config(write_recipe(tmp_path / "r.yaml", train=str(tmp_path / "d.jsonl")))
+    assert config.task.name == task
+    assert columns.items() <= config.data.model_dump().items()
+
+
+def test_a_column_that_is_given_says_that_it_is_classification(tmp_path):
+    row = {"tokens": ["a"], "tags": ["O"], "text": "a", "kind": "b"}
+    (tmp_path / "d.jsonl").write_text(json.dumps(row) + "\n")
+    config = load_config(
+        write_recipe(tmp_path / "r.yaml", train=str(tmp_path / "d.jsonl"), label_column="kind")
+    )
+    assert (config.task.name, config.data.label_column) == ("classification", "kind")
 
 
 @pytest.mark.parametrize(

@@ -278,6 +278,10 @@ def test_all_spans_of_all_answers_in_order(tmp_path):
     assert row["answers"] == {"text": ["a", "a", "b a"], "answer_start": [0, 4, 2]} and row["id"] == "5"
 
 
+def test_mrqa_with_a_byte_order_mark(tmp_path):
+    assert read(tmp_path, "x.jsonl", "\ufeff" + dumped(mrqa())).to_list() == MRQA
+
+
 def test_mrqa_without_a_name(tmp_path):
     assert set(read(tmp_path, "x.jsonl", dumped(mrqa({"split": "dev"})))["subset"]) == {""}
 

@@ -212,7 +212,7 @@ def parent_that_dies(experiment, folder, *, busy):
 def test_workers_do_not_outlive_a_killed_parent(recipe, tmp_path, monkeypatch, prctl, busy):
     experiment = build(recipe)
     if not prctl:
-        monkeypatch.setattr(processes, "_die_with_parent", lambda: None)
+        monkeypatch.setattr(processes, "die_with_parent", lambda: None)
     assert forked(lambda: parent_that_dies(experiment, tmp_path, busy=busy)) == signal.SIGKILL
     pids = json.loads((tmp_path / "pids").read_text())
     assert len(pids) == 2

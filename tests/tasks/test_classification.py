@@ -84,9 +84,7 @@ def test_encode_takes_the_ids_of_class_labels(tokenizer):
 
 def test_a_label_outside_the_training_set_is_refused(tokenizer):
     rows = table(text=["goal", "soup"], label=["sport", "foods"])
-    message = (
-        r"label 'foods' is outside the training set's labels \(did you mean 'food'\?\): food, sport, tech$"
-    )
+    message = r"^data\.label_column: row 1: label 'foods' is outside the training set's labels \(did you mean 'food'\?\): food, sport, tech$"
     with pytest.raises(FederaError, match=message):
         TASK.encode(rows, DATA, tokenizer, ["food", "sport", "tech"])
     many = [f"label{i}" for i in range(12)]
@@ -420,17 +418,20 @@ def test_a_mark_starts_as_the_mean_of_what_it_was(encoder, family):
 def test_spare_rows_of_the_table_are_used_first(encoder, tmp_path):
     """As DeBERTaV3 has them: more embeddings than tokens."""
     model = transformers.AutoModel.from_pretrained(encoder("deberta-v2"))
-    model.resize_token_embeddings(52, mean_resizing=False)
+    model.resize_token_embeddings(53, mean_resizing=False)
     model.save_pretrained(tmp_path)
     transformers.AutoTokenizer.from_pretrained(encoder("deberta-v2")).save_pretrained(tmp_path)
-    plain, two, three = load(tmp_path), load(tmp_path, MARKS[1:]), load(tmp_path, MARKS)
-    old, some, more = (one.model.get_input_embeddings().weight.detach() for one in (plain, two, three))
-    assert (len(plain.tokenizer), len(old), len(some), len(more)) == (50, 52, 52, 53)
-    ids = plain.tokenizer.get_vocab()
+    words = [(), ("<e1>", "goal-match"), ("<e1>", "</e1>", "<e2>", "</e2>", "goal-match")]
+    loaded = [load(tmp_path, some) for some in words]
+    old, few, many = (one.model.get_input_embeddings().weight.detach() for one in loaded)
+    assert [len(one.tokenizer) for one in loaded] == [50, 52, 55]
+    assert (len(old), len(few), len(many)) == (53, 53, 55)
+    ids = loaded[0].tokenizer.get_vocab()
     mean = (old[ids["goal"]] + old[ids["[UNK]"]] + old[ids["match"]]) / 3
-    torch.testing.assert_close(some[51], mean)
-    torch.testing.assert_close(more[52], mean)
-    assert torch.equal(some[:50], old[:50]) and torch.equal(more[:50], old[:50])
+    torch.testing.assert_close(few[51], mean)
+    torch.testing.assert_close(many[54], mean)
+    assert torch.equal(few[:50], old[:50]) and torch.equal(many[:50], old[:50])
+    assert torch.equal(few[52], old[52]), "a row that is spare still"
 
 
 def test_marks_are_tokens_wherever_they_stand(encoder):

@@ -416,6 +416,22 @@ def test_spaces_around_an_answer_are_none_of_it(any_tokenizer, answer, text):
     assert answers_of(TASK, encoded)[0].text == text
 
 
+@pytest.mark.parametrize(
+    ("context", "answer", "place"),  # behind [CLS] q [SEP]
+    [
+        ("won (24\u201310) , it", "24\u201310", (5, 7)),
+        ("won 24-10", "10", (6, 6)),
+        ("won 24-10", "24", (4, 4)),
+        ("won \u6771\u4eac\u90fd", "\u4eac", (5, 5)),
+        ('a "b" c', "b", (5, 5)),
+    ],
+)
+def test_neighbours_that_no_space_parts_are_none_of_it(minilm, context, answer, place):
+    encoded = TASK.encode(table(("q", context, answer)), DATA, minilm, LABELS)
+    assert targets_of(encoded) == [place]
+    assert answers_of(TASK, encoded)[0].text == answer
+
+
 @pytest.mark.parametrize("context", ["\u200dParis is it", "it is Paris\u200d", "\u200b\u200dParis\u200d"])
 def test_an_answer_whose_ends_have_no_token_is_found(any_tokenizer, context):
     answer = next(word for word in context.split() if "Paris" in word)
@@ -446,6 +462,9 @@ def test_any_answer_is_inside_what_is_found(any_tokenizer, context, question, da
     assert context[found.start : found.end] == found.text
     offsets = any_tokenizer(question, context, return_offsets_mapping=True)["offset_mapping"]
     (first, last) = place
+    assert offsets[first][1] > expected[0] and offsets[last][0] < expected[1], (
+        "each end has part of the answer"
+    )
     for start, stop in offsets[first + 1 : last]:  # the pieces between the ends are all of the answer
         assert begin <= stop and start <= end
 

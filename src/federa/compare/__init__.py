@@ -25,7 +25,7 @@ from federa.compare.tables import (
     setting_lines,
     write_csv,
 )
-from federa.config import parse_config, read_yaml
+from federa.config import RunConfig, parse_config, read_yaml
 from federa.experiment import resolve
 from federa.machine import available_cores
 from federa.plan import make_plan
@@ -124,12 +124,17 @@ def settled(comparison: Comparison, folder: Path) -> tuple[Comparison, int]:
             same = {"client.precision": before.client.precision, "device": before.device, "engine": engine}
             config = setting.config.replace(**same)
         else:
-            config = resolve(setting.config)
-            if jobs > 1 and config.engine.threads is None:
-                config = config.replace(**{"engine.threads": available_cores() // jobs})
+            config = _sharing(resolve(setting.config), jobs)
             write_atomically(file, config.to_yaml().encode())
         settings.append(dataclasses.replace(setting, config=config))
     return dataclasses.replace(comparison, settings=tuple(settings)), jobs
+
+
+def _sharing(config: RunConfig, jobs: int) -> RunConfig:
+    """Return a recipe whose runs share the cores, so many at a time."""
+    if jobs == 1 or config.engine.threads is not None:
+        return config
+    return config.replace(**{"engine.threads": available_cores() // jobs})
 
 
 def time_estimate(comparison: Comparison, say: Say) -> float:
@@ -147,7 +152,7 @@ def time_estimate(comparison: Comparison, say: Say) -> float:
         jobs = jobs_for(setting.config, comparison.grid.jobs)
         for method in comparison.grid.methods:
             cell = comparison.cell(setting, method, comparison.grid.seeds[0], None)
-            seconds = make_plan(cell.config).seconds
+            seconds = make_plan(_sharing(cell.config, jobs)).seconds
             rounds = sum(runs * each for runs, each in comparison.rungs(setting, method))
             runs = len(comparison.grid.seeds) + rounds / setting.config.rounds
             say(f"{setting.name}: {method}: {readable_seconds(seconds)} a run")

@@ -121,7 +121,7 @@ class QA(Task):
                     raise FederaError(f"data: row {row} has an empty {what}")
         special = tokenizer.num_special_tokens_to_add(pair=True)
         require_room(limit - special, self.overlap, limit)
-        tokens = tokenizer(list(questions), add_special_tokens=False)["input_ids"]
+        tokens = tokenizer(list(questions), add_special_tokens=False, verbose=False)["input_ids"]
         longest = int(np.argmax([len(one) for one in tokens]))
         taken = len(tokens[longest]) + special
         if limit - taken <= self.overlap:
