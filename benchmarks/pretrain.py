@@ -3,14 +3,15 @@
     python benchmarks/pretrain.py roberta --data ../shared/data --out ../encoders/roberta-small --minutes 20
     python benchmarks/pretrain.py deberta --data ../shared/data --out ../encoders/deberta-small --minutes 20
 
-Both have 6 layers of width 256 and a vocabulary of 16,000 (8.9 M parameters, 18 MB in fp16), and learn to fill in
-masked tokens (Devlin et al. 2019: 15 %, of which 80 % masked, 10 % random, 10 % as they were; drawn anew every time,
-as in RoBERTa). `roberta` has absolute positions and byte-level BPE; `deberta` disentangled attention with shared
-projections and 256 buckets of relative positions, and a unigram vocabulary, as DeBERTaV3 (whose replaced-token
-detection it does not have). The text is that of the train splits alone; a paragraph that occurs in any other split is
-left out.
+Both have 6 layers of width 256 and a vocabulary of 16,000 (8.9 M parameters, 18 MB in fp16), and learn to
+fill in masked tokens (Devlin et al. 2019: 15 %, of which 80 % masked, 10 % random, 10 % as they were; drawn
+anew every time, as in RoBERTa). `roberta` has absolute positions and byte-level BPE; `deberta` disentangled
+attention with shared projections and 256 buckets of relative positions, and a unigram vocabulary, as
+DeBERTaV3 (whose replaced-token detection it does not have). The text is that of the train splits alone; a
+paragraph that occurs in any other split is left out.
 
-It goes on where it was stopped (`training.safetensors` beside the weights), until `--minutes` are spent in all.
+It goes on where it was stopped (`training.safetensors` beside the weights), until `--minutes` are spent in
+all.
 """
 
 from __future__ import annotations

@@ -18,7 +18,8 @@ from federa.compare.execute import jobs_for
 from federa.compare.grid import Grid, Setting
 from federa.compare.tables import COLUMNS, latex, markdown
 from federa.config import parse_config
-from federa.types import FederaError
+from federa.methods import METHODS
+from federa.types import FederaError, RoundFailedError
 from running import alive, federa, short_reports
 from small import small_recipe
 
@@ -88,7 +89,10 @@ def test_tuning_never_sees_the_test_set_and_its_choice_is_used(done):
     _, folder, _, _ = done
     for slug in ("dirichlet-0.5", "iid"):
         (tuned,) = [p for p in (folder / "tune").iterdir() if slug in p.name]
-        assert sorted(p.name for p in tuned.iterdir()) == ["lora-lr0.01-rounds1", "lora-lr1e-06-rounds1"]
+        assert sorted(p.name for p in tuned.iterdir()) == [
+            "lora-lr0.01-rounds1-seed0",
+            "lora-lr1e-06-rounds1-seed0",
+        ]
         scores = {}
         for run in tuned.iterdir():
             config = yaml.safe_load((run / "config.yaml").read_text())
@@ -168,11 +172,11 @@ def test_halving_gives_the_better_half_twice_the_rounds(recipe, tmp_path):
             "final"
         ]
         for name in names
-        if name.endswith("rounds1")
+        if name.endswith("rounds1-seed0")
     }
-    second = {name.removesuffix("rounds2") for name in names if name.endswith("rounds2")}
+    second = {name.removesuffix("rounds2-seed0") for name in names if name.endswith("rounds2-seed0")}
     best = sorted(first.values())[-2:]
-    assert sorted(first[f"{name}rounds1"] for name in second) == best
+    assert sorted(first[f"{name}rounds1-seed0"] for name in second) == best
 
 
 def test_a_best_rate_at_the_edge_of_those_tried_is_said(recipe, tmp_path):
@@ -349,14 +353,112 @@ def test_a_recipe_may_hold_the_grid(recipe, tmp_path, train_csv):
     assert federa("run", tmp_path / "grid.yaml") == 2
 
 
-def test_several_recipes_are_several_data_sets(recipe, tmp_path, test_csv):
-    one = write(recipe, tmp_path / "one.yaml")
-    two = write({**recipe, "data": {**recipe["data"], "train": str(test_csv)}}, tmp_path / "two.yaml")
+def test_several_recipes_are_several_data_sets(recipe, tmp_path, train_csv):
+    """Named by their folder if they are called train, else by themselves."""
+    recipes = []
+    for name in ("news/train.csv", "mail.csv", "forum.csv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(train_csv.read_text())
+        data = {**recipe["data"], "train": str(tmp_path / name)}
+        recipes.append(write({**recipe, "data": data}, tmp_path / f"{len(recipes)}.yaml"))
+    made = Comparison.load(recipes)
+    assert [setting.name.split(",")[0] for setting in made.settings] == ["news", "mail", "forum"]
     with pytest.raises(FederaError, match="two settings are named"):
-        Comparison.load([one, one])
-    if test_csv.parent != tmp_path:
-        with pytest.raises(FederaError, match="two settings are named"):
-            Comparison.load([two, two])
+        Comparison.load([recipes[0], recipes[0]])
+
+
+def test_what_a_grid_leaves_empty_is_the_listed_recipes_own(recipe, tmp_path):
+    write({**recipe, "task": {"name": "classification", "max_length": 17}}, tmp_path / "one.yaml")
+    (tmp_path / "grid.yaml").write_text("grid: {recipes: [one.yaml]}\ntask:\nmethod:\n  rank: 3\n")
+    (setting,) = Comparison.load([tmp_path / "grid.yaml"]).settings
+    assert setting.config.task.max_length == 17 and setting.config.method.rank == 3
+
+
+def test_methods_of_a_plugin_are_compared(recipe, tmp_path):
+    source = Path(__file__).parents[1] / "examples" / "plugin_method.py"
+    (tmp_path / "own.py").write_text(source.read_text())
+    try:
+        raw = {**recipe, "plugins": ["own.py"], "method": {"name": "federa"}}
+        path = write({**raw, "grid": {"methods": ["ffa_lora"]}}, tmp_path / "r.yaml")
+        (setting,) = (made := Comparison.load([path])).settings
+        assert made.cell(setting, "ffa_lora", 0, None).config.method.name == "ffa_lora"
+        listed = {"plugins": ["own.py"], "grid": {"methods": "ffa_lora", "recipes": "sub/one.yaml"}}
+        (tmp_path / "sub").mkdir()
+        write(recipe, tmp_path / "sub" / "one.yaml")
+        (setting,) = Comparison.load([write(listed, tmp_path / "grid.yaml")]).settings
+        assert setting.config.plugins == (str(tmp_path / "own.py"),)
+    finally:
+        METHODS._classes.pop("ffa_lora", None)
+        sys.modules.pop("federa_plugin_own", None)
+
+
+@pytest.mark.parametrize("skew", ["dirichlet:0.1", "iid"])
+def test_a_skew_takes_the_place_of_a_natural_one(recipe, tmp_path, skew):
+    recipe["partition"] = {"name": "natural", "column": "label"}
+    (setting,) = comparison(recipe, tmp_path, skews=skew, lrs=None).settings
+    assert setting.config.partition.name == skew.split(":")[0] and setting.config.partition.clients == 20
+
+
+# A folder that was used before
+
+
+def test_another_recipe_precision_or_engine_wants_another_folder(done, recipe, tmp_path):
+    import shutil
+
+    _, folder, _, _ = done
+    shutil.copytree(folder, tmp_path / "out")
+    before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    for changes, message in (
+        ({"client": {**recipe["client"], "precision": "bf16"}}, r"had client\.precision=fp32, not bf16"),
+        ({"engine": {"name": "serial", "threads": 2}}, r"had engine\.threads=1, not 2"),
+        ({"engine": {"name": "processes"}}, r"had engine\.name=serial, not processes"),
+        ({"cohort": 2}, "was started with cohort=3, not 2; compare into another directory"),
+    ):
+        made = comparison({**recipe, **changes}, tmp_path)
+        with pytest.raises(FederaError, match=message):
+            compare_methods(made, tmp_path / "out", lambda line: None)
+    assert {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()} == before
+
+
+def test_other_data_in_the_same_folder_are_noticed(recipe, tmp_path, train_csv):
+    """The first method is finished and is not looked at again; the second one meets other rows."""
+    words = train_csv.read_text()
+    (tmp_path / "mine.csv").write_text(words)
+    recipe["data"] = {**recipe["data"], "train": str(tmp_path / "mine.csv")}
+    options = {"skews": None, "lrs": None, "seeds": "0"}
+    compare_methods(
+        comparison(recipe, tmp_path, methods="lora", **options), tmp_path / "out", lambda line: None
+    )
+    header, *rows = words.splitlines()
+    (tmp_path / "mine.csv").write_text("\n".join([header, *rows[::-1]]))
+    made = comparison(recipe, tmp_path, methods="lora,bitfit", **options)
+    with pytest.raises(FederaError, match=r"lora-seed0 and .*bitfit-seed0 .* not run on the same data"):
+        compare_methods(made, tmp_path / "out", lambda line: None)
+
+
+def test_a_mistake_leaves_no_folder_that_remembers_it(recipe, tmp_path, capsys):
+    path = write({**recipe, "rounds": 1, "engine": {"name": "serial", "threads": 640}}, tmp_path / "r.yaml")
+    (tmp_path / "out").mkdir()
+    words = ("compare", path, "--methods", "lora", "--seeds", 0, "--jobs", 1, "--out", tmp_path / "out")
+    assert federa(*words) == 2
+    assert list((tmp_path / "out").iterdir()) == []
+    assert federa(*words, "engine.threads=1") == 0
+
+
+def test_a_comparison_with_a_failed_run_says_so_in_its_status(recipe, tmp_path):
+    path = write({**recipe, "rounds": 1, "max_update_norm": 1e-9}, tmp_path / "r.yaml")
+    assert federa("compare", path, "--methods", "lora", "--seeds", 0, "--out", tmp_path / "out") == 1
+
+
+def test_a_killed_run_is_one_line(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr("federa.compare.execute._in_worker", _dies)
+    made = comparison(recipe, tmp_path, skews=None, lrs=None, jobs=2)
+    with pytest.raises(RoundFailedError, match="a run was killed"):
+        compare_methods(made, tmp_path / "out", lambda line: None)
+
+
+def _dies(recipe, folder):
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.parametrize(
@@ -373,6 +475,8 @@ def test_several_recipes_are_several_data_sets(recipe, tmp_path, test_csv):
         ({"skews": "dirichlett:1"}, "did you mean 'dirichlet'"),
         ({"skews": "iid:3"}, "iid takes no value"),
         ({"skews": "dirichlet:much"}, r"partition\.alpha"),
+        ({"lrs": {"lora": "1e-3,1e-3"}}, "different rates for lora"),
+        ({"reference": "bert"}, "unknown method 'bert'"),
         ({"tune": "guess"}, r"grid\.tune"),
         ({"tune_rounds": 0}, r"grid\.tune_rounds"),
         ({"jobs": 0}, r"grid\.jobs"),
@@ -382,6 +486,32 @@ def test_mistakes_are_named(recipe, tmp_path, changes, message):
     with pytest.raises(FederaError, match=message) as error:
         comparison(recipe, tmp_path, **changes)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ("5", "expected keys and values, got 5"),
+        ("[lora]", "expected keys and values"),
+        ("{recipes: [1]}", "string"),
+    ],
+)
+def test_a_section_that_is_none_is_named(tmp_path, section, message):
+    (tmp_path / "r.yaml").write_text(f"grid: {section}\n")
+    with pytest.raises(FederaError, match=message):
+        Comparison.load([tmp_path / "r.yaml"])
+
+
+def test_a_grid_in_one_of_several_recipes_is_not_dropped(recipe, tmp_path):
+    one, two = (
+        write({**recipe, **more}, tmp_path / name)
+        for name, more in (("a.yaml", {}), ("b.yaml", {"grid": {}}))
+    )
+    with pytest.raises(FederaError, match=r"b\.yaml has one of its own"):
+        Comparison.load([one, two])
+    outer = write({"grid": {"recipes": ["b.yaml"]}}, tmp_path / "c.yaml")
+    with pytest.raises(FederaError, match=r"b\.yaml has a grid of its own"):
+        Comparison.load([outer])
 
 
 def test_a_folder_that_is_something_else_is_left_alone(recipe, tmp_path):

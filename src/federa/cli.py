@@ -185,7 +185,7 @@ def compare(
     folder = out or Path("runs") / "compare"
     for line in comparison.describe():
         say(line)
-    if dry_run or not folder.exists():
+    if dry_run or not (folder / "settings").exists():  # a mistake shows before anything is written
         seconds = time_estimate(comparison, lambda line: say(f"  {line}"))
         say(f"time expected: {progress.readable_seconds(seconds)}")
     if dry_run:
@@ -194,6 +194,8 @@ def compare(
     for title, lines in outcome.tables:
         console.print(terminal_table(title, lines))
     say(f"written: {folder}/cells.csv, table.md, table.tex, report.html")
+    if any(row["status"] != "done" for row in outcome.rows):
+        raise SystemExit(1)
 
 
 def _rates(words: list[str]) -> dict[str, str]:

@@ -175,7 +175,8 @@ class Trainer:
         with torch_seeded(job.seed):
             for batch_rows in self.batches(data, rows, job):
                 flat.zero_gradient_()
-                loss = self.model(**data.batch(batch_rows, self.device)).loss
+                inputs = data.batch(batch_rows, self.device)
+                loss = self.task.loss(self.model(**inputs), inputs)
                 loss.backward()
                 flat.pull_gradient_()
                 if config.proximal:

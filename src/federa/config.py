@@ -159,7 +159,7 @@ def parse_config(raw: dict[str, Any], folder: Path | None = None) -> RunConfig:
     """
     if not isinstance(raw, dict):
         raise FederaError(f"a recipe is a mapping of keys to values, not {type(raw).__name__}")
-    plugins = _load_listed(raw.get("plugins"), folder or Path.cwd())
+    plugins = load_listed(raw.get("plugins"), folder or Path.cwd())
     raw = {key: _with_name(key, value) for key, value in raw.items()} | {"plugins": plugins}
     for key, paths in (("data", ("train", "validation", "test")), ("model", ("name",))):
         if folder is not None and isinstance(raw.get(key), dict):  # a recipe's paths: beside it, if there
@@ -171,7 +171,7 @@ def parse_config(raw: dict[str, Any], folder: Path | None = None) -> RunConfig:
         raise FederaError(explain(error, RunConfig)) from error
 
 
-def _load_listed(plugins: Any, folder: Path) -> list[str]:
+def load_listed(plugins: Any, folder: Path) -> list[str]:
     """Import the plugins that a recipe lists, and return the list with the paths of files made absolute."""
     plugins = plugins or []
     if not isinstance(plugins, (list, tuple)) or not all(isinstance(p, str) for p in plugins):
@@ -228,7 +228,7 @@ def load_config(
     folder = recipe.parent if recipe is not None else Path.cwd()
     pairs = [parse_override(text) for text in overrides]
     raw |= {key: value for key, value in pairs if key == "plugins"}
-    _load_listed(raw.get("plugins"), folder)  # before any name that a plugin may bring
+    load_listed(raw.get("plugins"), folder)  # before any name that a plugin may bring
     # A component's name first, so that its other keys meet the component that they belong to.
     for key, value in sorted(pairs, key=lambda pair: not pair[0].endswith(".name")):
         set_key(raw, key, value)
@@ -275,7 +275,7 @@ def set_key(raw: dict[str, Any], key: str, value: Any) -> None:
         section = raw.get(key, {}) if key in REGISTRIES else node
         old = {"name": section} if isinstance(section, str) else dict(section or {})
         fields = registry.get(value).model_fields
-        kept = {k: v for k, v in old.items() if k in fields}
+        kept = {k: v for k, v in old.items() if k in fields and v is not None}
         raw[key if key in REGISTRIES else path[0]] = {**kept, "name": value}
         return
     node[last] = value

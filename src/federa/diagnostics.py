@@ -16,6 +16,7 @@ from torch import Tensor
 from federa.types import Record, State
 
 A, B = ".lora_A", ".lora_B"
+MAGNITUDE = ".magnitude"  # of DoRA, whose update is no product; its trained tensors are compared as they are
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,16 +53,15 @@ def diagnose(
         `clients`; over all modules together and, in `layers`, for each of them: `cosine` (mean over clients
         of the cosine between a client's update and the mean update), `norm_mean` (of the clients' updates,
         mean), `norm_spread` (their standard deviation over their mean), `aggregation_error` (the norm of what
-        averaging
-        factors instead of products loses, over the norm of the mean update; None for methods without
-        factors).
+        averaging factors instead of products loses, over the norm of the mean update; None for methods
+        without factors). Means are weighted as the weighted mean of updates is.
     """
     share = torch.tensor(weights, dtype=torch.float64)
     share = share / share.sum()
     names = [name for name in params if name not in head] or list(params)
     modules = {
         key: _factored(params, deltas, share, key, scales.get(key, 1.0))
-        if f"{key}{A}" in params
+        if f"{key}{A}" in params and f"{key}{MAGNITUDE}" not in params
         else _plain(deltas, [name for name in names if _module_of(name) == key])
         for key in dict.fromkeys(_module_of(name) for name in names)
     }

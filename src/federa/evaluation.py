@@ -10,7 +10,7 @@ import numpy as np
 from federa.engines import Session
 from federa.experiment import Experiment
 from federa.seeds import generator
-from federa.types import Job, State
+from federa.types import Job, RoundFailedError, State
 
 MAX_CLIENTS_WITH_OWN_HEAD = 200  # evaluated one by one
 
@@ -41,6 +41,11 @@ class Evaluator:
         experiment, task = self._experiment, self._experiment.config.task
         if experiment.kept.start:
             scores = self._own_heads(params, reached)
+            if not scores:
+                raise RoundFailedError(
+                    "evaluation: no client that has trained has evaluation examples of its groups. "
+                    "The last good state is kept"
+                )
             return {"clients_evaluated": len(scores), task.primary: float(np.mean(scores))}
         data = experiment.evaluation
         return task.score(self.predictions(params), data, np.arange(data.num_examples))
@@ -54,7 +59,7 @@ class Evaluator:
             predictions, scores = self.predictions(params), []
             for client in range(len(experiment.parts)):
                 examples = experiment.client_examples(client)
-                if len(examples):
+                if task.scorable(experiment.evaluation, examples):
                     own = [predictions[example] for example in examples]
                     scores.append(task.score(own, experiment.evaluation, examples)[task.primary])
         if not scores:
@@ -91,7 +96,7 @@ class Evaluator:
         scores = []
         for done, client in enumerate(clients, 1):
             examples = experiment.client_examples(int(client))
-            if len(examples):
+            if config.task.scorable(data, examples):
                 rows = data.rows_of(examples)
                 batches = experiment.batches(rows)
                 last = Job(config.rounds + 1, int(client), 0, 0.0)  # after every round: what it kept last

@@ -264,7 +264,7 @@ def build_experiment(
         speed_up(model)
     trainer = Trainer(model, loaded.head, local, config.task, config.client)
     pack_all(model)
-    return Experiment(
+    experiment = Experiment(
         config=config,
         trainer=trainer,
         train=train,
@@ -280,6 +280,12 @@ def build_experiment(
         sizes=sizes,
         seconds=seconds,
     )
+    if local and not any(len(experiment.client_examples(client)) for client in range(len(parts))):
+        raise FederaError(
+            "method.head=local: no client's group has evaluation examples, so no head could be measured; "
+            "set task.group_by to a column whose values the evaluation set has too"
+        )
+    return experiment
 
 
 def _sizes(config: RunConfig, loaded: Pretrained, start: State, travelling: State) -> dict[str, int]:
@@ -308,7 +314,8 @@ def group_examples(config: RunConfig, splits: Splits, loaded: Pretrained, labels
             return numbered(own, others, labels if {*own} <= {*labels} else ())
         by = getattr(config.partition, "column", None)  # no need to cluster what is parted by a column
     if by is not None and by != CLUSTERS:
-        train = column_values(splits.train, by, "task.group_by")
+        key = "task.group_by" if task.group_by is not None else "partition.column"
+        train = column_values(splits.train, by, key)
         test = by in splits.evaluation.column_names
         return numbered(
             train,

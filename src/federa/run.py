@@ -281,7 +281,9 @@ def _diagnosed(
         return None
     trainer = loop.experiment.trainer
     scales = {name: layer.scale for name, layer in lora_layers(trainer.model)}
-    deltas, weights = [u.delta for u in counted], [u.weight for u in counted]
+    deltas = [update.delta for update in counted]
+    weighted = getattr(loop.config.aggregator, "weighted", True)
+    weights = [update.weight if weighted else 1.0 for update in counted]
     return {"round": number, **diagnose(sent, deltas, weights, trainer.head, scales)}
 
 

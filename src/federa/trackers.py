@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -25,6 +26,16 @@ class Tracker(Protocol):
 def _numbers(record: Record) -> dict[str, float]:
     """Return the numbers of a record, the round apart."""
     return {key: value for key, value in record.items() if key != "round" and isinstance(value, (int, float))}
+
+
+def _name(folder: Path) -> str:
+    """Return a run's name: its folder, with the one it is in, for the cells of a comparison are alike."""
+    return "/".join(folder.resolve().parts[-2:])
+
+
+def _id(folder: Path) -> str:
+    """Return what tells a run from all others, so that a resumed one goes on."""
+    return hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
 
 
 class TensorBoard:
@@ -57,7 +68,7 @@ class Trackio:
         import trackio
 
         self._trackio = trackio
-        trackio.init(project=PROJECT, name=folder.name, resume="allow")
+        trackio.init(project=PROJECT, name=_name(folder), resume="allow")
 
     def log(self, record: Record) -> None:
         """Log the numbers of the record at its round."""
@@ -76,7 +87,9 @@ class WandB:
     def __init__(self, folder: Path) -> None:
         import wandb
 
-        self._run = wandb.init(project=PROJECT, name=folder.name, dir=str(folder), resume="allow")
+        self._run = wandb.init(
+            project=PROJECT, name=_name(folder), id=_id(folder), dir=str(folder), resume="allow"
+        )
 
     def log(self, record: Record) -> None:
         """Log the numbers of the record at its round."""
@@ -97,7 +110,7 @@ class MLflow:
 
         self._mlflow = mlflow
         mlflow.set_experiment(PROJECT)
-        self._run = mlflow.start_run(run_name=folder.name)
+        self._run = mlflow.start_run(run_name=_name(folder))
 
     def log(self, record: Record) -> None:
         """Log the numbers of the record at its round."""

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
@@ -79,6 +80,7 @@ def compare_methods(comparison: Comparison, folder: Path, say: Say) -> Outcome:
         ]
         results = runner.run(cells, _Told(len(cells), say))
     rows = [row_of(cell, results[cell.folder]) for cell in cells]
+    _require_same_data(folder, rows)
     outcome = _outcome(comparison, folder, cells, rows)
     _write(comparison, folder, cells, outcome)
     return outcome
@@ -119,15 +121,36 @@ def settled(comparison: Comparison, folder: Path) -> tuple[Comparison, int]:
     for setting in comparison.settings:
         file = kept / f"{setting.slug}.yaml"
         if file.is_file():
-            before = parse_config(read_yaml(file))
-            engine = before.engine.model_dump(mode="json")
-            same = {"client.precision": before.client.precision, "device": before.device, "engine": engine}
-            config = setting.config.replace(**same)
+            config = _as_before(setting.config, parse_config(read_yaml(file)), folder, jobs)
         else:
             config = _sharing(resolve(setting.config), jobs)
             write_atomically(file, config.to_yaml().encode())
         settings.append(dataclasses.replace(setting, config=config))
     return dataclasses.replace(comparison, settings=tuple(settings)), jobs
+
+
+def _as_before(asked: RunConfig, before: RunConfig, folder: Path, jobs: int) -> RunConfig:
+    """Return the recipe with what was left open settled as it was the first time.
+
+    Raises:
+        FederaError: what is asked for is not what the folder's runs had.
+    """
+    same: dict[str, Any] = {}
+    for key, asks, had in (
+        ("client.precision", asked.client.precision, before.client.precision),
+        ("device", asked.device, before.device),
+        ("engine.threads", asked.engine.threads, before.engine.threads),
+        ("engine.name", asked.engine.name, before.engine.name),
+    ):
+        if asks in ("auto", None):
+            same[key] = had
+        elif asks != had:
+            raise FederaError(
+                f"--out: the runs in {folder} had {key}={had}, not {asks}; compare into another directory"
+            )
+    if jobs > 1 and before.engine.threads is None:
+        raise FederaError(f"--jobs {jobs}: the runs in {folder} had all cores to themselves; give --jobs 1")
+    return asked.replace(**same)
 
 
 def _sharing(config: RunConfig, jobs: int) -> RunConfig:
@@ -189,7 +212,8 @@ def _tuned(comparison: Comparison, runner: Runner, say: Say) -> dict[tuple[str, 
                     raise FederaError(
                         f"grid.lrs: {key[0]}: {key[1]} failed at every learning rate; try smaller ones"
                     )
-                left[key] = ranked[: plan[rung + 1][0] if rung + 1 < len(plan) else 1]
+                kept = ranked[: plan[rung + 1][0] if rung + 1 < len(plan) else 1]
+                left[key] = [lr for lr in kept if math.isfinite(scores[key, lr])]
     for (name, method), rates in left.items():
         grid = comparison.grid.lrs.get(method, ())
         if len(grid) > 2 and rates[0] in (min(grid), max(grid)):
@@ -199,6 +223,23 @@ def _tuned(comparison: Comparison, runner: Runner, say: Say) -> dict[tuple[str, 
 
 def _score(summary: Summary | None) -> float:
     return -math.inf if summary is None else float(summary["final"])
+
+
+def _require_same_data(folder: Path, rows: Sequence[Row]) -> None:
+    """Raise unless all methods of a setting and seed met the same examples and clients.
+
+    Raises:
+        FederaError: they did not: the data have changed since the first of them ran.
+    """
+    met: dict[tuple[str, int], tuple[str, Row]] = {}
+    for row in rows:
+        held = RunDirectory(folder / row["folder"]).read_json("partition.json") or {}
+        found, first = met.setdefault((row["setting"], row["seed"]), (held.get("fingerprint", ""), row))
+        if row["status"] == "done" and first["status"] == "done" and found != held.get("fingerprint", ""):
+            raise FederaError(
+                f"--out: {first['folder']} and {row['folder']} in {folder} were not run on the same data; "
+                "compare into another directory"
+            )
 
 
 def _outcome(comparison: Comparison, folder: Path, cells: Sequence[Cell], rows: list[Row]) -> Outcome:

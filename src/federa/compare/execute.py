@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -75,8 +76,14 @@ class Runner:
             ): cell
             for cell in cells
         }
-        for future in as_completed(waiting):
-            yield waiting[future], future.result()
+        try:
+            for future in as_completed(waiting):
+                yield waiting[future], future.result()
+        except BrokenProcessPool as error:
+            raise RoundFailedError(
+                "a run was killed (out of memory?); start the comparison again, perhaps with fewer --jobs: "
+                "what is finished is kept"
+            ) from error
 
     @contextmanager
     def open(self) -> Iterator[Runner]:
@@ -99,11 +106,20 @@ class Runner:
 
 
 def run_cell(config: RunConfig, folder: Path) -> tuple[Summary | None, str]:
-    """Run or resume one cell; return its summary, or None and why it failed."""
+    """Run or resume one cell; return its summary, or None and why it failed.
+
+    Raises:
+        FederaError: a mistake in its recipe, or a run of another recipe in its folder.
+    """
     try:
         return run(config, folder, resume=True).summary, ""
     except RoundFailedError as error:
         return None, str(error)
+    except FederaError as error:
+        if not str(error).startswith("--resume:"):
+            raise
+        what = str(error).removeprefix("--resume: ").partition(";")[0]
+        raise FederaError(f"--out: {what}; compare into another directory") from error
 
 
 def _start_worker(threads: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -12,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from federa.config import RunConfig, load_config, parse_override, read_yaml
+from federa.config import RunConfig, load_config, load_listed, parse_override, read_yaml, set_key
 from federa.data.partition import PARTITIONERS
 from federa.methods import METHODS
 from federa.registry import explain
@@ -87,7 +86,10 @@ class Grid(BaseModel):
                 raise FederaError(
                     f"grid.{what}: expected different {what}, got {', '.join(map(str, values))}"
                 )
-        for name in self.lrs:
+        METHODS.get(self.reference)
+        for name, rates in self.lrs.items():
+            if len({f"{rate:g}" for rate in rates}) < len(rates) or not rates:
+                raise FederaError(f"grid.lrs: expected different rates for {name}, to six digits")
             if name not in self.methods:
                 raise FederaError(f"grid.lrs: {name!r} is not among the methods {', '.join(self.methods)}")
         return self
@@ -149,24 +151,23 @@ class Comparison:
         Raises:
             FederaError: anything wrong with it, in one line.
         """
-        grid: dict[str, Any] = {}
-        files: list[Path | None] = list(recipes) or [None]
-        common: list[str] = []
-        if len(recipes) == 1:
-            raw = read_yaml(recipes[0])
-            if "grid" in raw:
-                grid = raw.pop("grid") or {}
-                listed = grid.get("recipes") if isinstance(grid, dict) else None
-                common = [f"{key}={json.dumps(value)}" for key, value in flatten(raw)] if listed else []
-                files = [recipes[0].parent / name for name in _words(listed)] if listed else files
-        try:
-            parsed = Grid.model_validate(
-                {**grid, **{k: v for k, v in (options or {}).items() if v is not None}}
-            )
-        except ValidationError as error:
-            raise FederaError(explain(error, Grid, "grid")) from error
-        configs = [_load(file, [*common, *overrides]) for file in files]
-        return cls(parsed, tuple(_settings(parsed, configs)))
+        raws = [(file, read_yaml(file)) for file in recipes]
+        for file, raw in raws:
+            raw["plugins"] = load_listed(
+                raw.get("plugins"), file.parent
+            )  # before any name that one may bring
+            if "grid" in raw and len(raws) > 1:
+                raise FederaError(
+                    f"grid: {file} has one of its own; a grid names its recipes under grid.recipes"
+                )
+        own = raws[0][1].pop("grid", None) if len(raws) == 1 else None
+        grid = parse_grid(own, options or {})
+        if grid.recipes:
+            common = {key: value for key, value in flatten(raws[0][1]) if value is not None}
+            listed = [recipes[0].parent / name for name in grid.recipes]
+            raws = [(file, _with(read_yaml(file), common, file)) for file in listed]
+        configs = [load_config(file, overrides, raw) for file, raw in raws] or [load_config(None, overrides)]
+        return cls(grid, tuple(_settings(grid, configs)))
 
     @property
     def reference(self) -> str:
@@ -192,9 +193,10 @@ class Comparison:
                 "data.validation_fraction": 0.0 if setting.config.data.validation else held,
                 "diagnostics": False,
                 "evaluate_every": 0,
+                "track": [],
             }
         )
-        folder = Path("tune") / setting.slug / f"{method}-lr{lr:g}-rounds{rounds}"
+        folder = Path("tune") / setting.slug / f"{method}-lr{lr:g}-rounds{rounds}-seed{self.grid.seeds[0]}"
         return Cell(setting.name, method, config, folder)
 
     def rungs(self, setting: Setting, method: str) -> list[tuple[int, int]]:
@@ -236,13 +238,30 @@ def _config(config: RunConfig, method: str, seed: int, lr: float | None) -> RunC
     return config.replace(**changes)
 
 
-def _load(file: Path | None, overrides: Sequence[str]) -> RunConfig:
-    """Return a recipe, its `grid` section left out."""
-    if file is None or "grid" not in read_yaml(file):
-        return load_config(file, overrides)
-    raw = read_yaml(file)
-    del raw["grid"]
-    return load_config(file, overrides, raw)
+def parse_grid(section: Any, options: dict[str, Any]) -> Grid:
+    """Return a recipe's `grid` section with what the command line says before it.
+
+    Raises:
+        FederaError: anything wrong with it.
+    """
+    if section is not None and not isinstance(section, dict):
+        raise FederaError(f"grid: expected keys and values, got {section!r:.60}")
+    asked = {key: value for key, value in options.items() if value is not None}
+    try:
+        return Grid.model_validate({**(section or {}), **asked})
+    except ValidationError as error:
+        raise FederaError(explain(error, Grid, "grid")) from error
+
+
+def _with(raw: dict[str, Any], common: dict[str, Any], file: Path) -> dict[str, Any]:
+    """Return a listed recipe with what the grid's file says for all of them."""
+    if "grid" in raw:
+        raise FederaError(f"grid.recipes: {file} has a grid of its own")
+    plugins = [*load_listed(raw.get("plugins"), file.parent), *common.get("plugins", [])]
+    # A component's name first, so that its other keys meet the component that they belong to.
+    for key, value in sorted(common.items(), key=lambda pair: not pair[0].endswith(".name")):
+        set_key(raw, key, value)
+    return {**raw, "plugins": plugins}
 
 
 def _settings(grid: Grid, configs: Sequence[RunConfig]) -> Iterator[Setting]:
@@ -285,8 +304,9 @@ def skew_name(config: RunConfig) -> str:
 
 
 def data_name(train: str) -> str:
-    """Return a short name of a data set: a file's folder or a folder's own name; a hub name stays whole."""
+    """Return a data set's short name: a file's or folder's own, for `train.csv` its folder's; or a hub's."""
     path = Path(train)
     if not path.exists():
         return train
-    return path.parent.name if path.is_file() else path.name
+    stem = path.name.split(".")[0]
+    return path.parent.name if path.is_file() and stem == "train" else stem if path.is_file() else path.name

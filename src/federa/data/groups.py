@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import torch
 from sklearn.cluster import KMeans
+from threadpoolctl import threadpool_limits
 
 from federa.types import FederaError, FloatArray, IntArray
 
 CLUSTERS = "clusters"
 UNKNOWN = -1  # the group of an evaluation example whose group no training example has
 MAX_TOKENS = 64  # of a text that is embedded
-ROUNDED = 4  # digits of an embedding: sums differ in their last bits with the number of threads
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +71,11 @@ def clustered(train: FloatArray, evaluation: FloatArray, clusters: int, seed: in
     """
     if len(train) < clusters:
         raise FederaError(f"task.clusters: {clusters} clusters of {len(train)} training examples")
-    found = KMeans(clusters, n_init=1, random_state=seed).fit(np.round(train, ROUNDED))
-    ids = found.predict(np.round(evaluation, ROUNDED)) if len(evaluation) else np.zeros(0)
+    with threadpool_limits(
+        1
+    ):  # the last bits of a sum depend on the number of threads, and a border may on them
+        found = KMeans(clusters, n_init=1, random_state=seed).fit(train)
+        ids = found.predict(evaluation) if len(evaluation) else np.zeros(0)
     width = len(str(clusters - 1))
     names = [f"cluster {i:0{width}d}" for i in range(clusters)]
     return Groups(names, found.labels_.astype(np.int64), ids.astype(np.int64))
@@ -88,8 +91,9 @@ def embeddings(model: Any, tokenizer: Any, texts: Sequence[str], batch_size: int
         batch_size: texts at a time; texts of like length go together.
     """
     encoder = model.base_model
-    training = encoder.training
+    training, threads = encoder.training, torch.get_num_threads()
     encoder.eval()
+    torch.set_num_threads(1)  # a partition must not depend on how many there are
     order = np.argsort([len(text) for text in texts], kind="stable")
     width = min(MAX_TOKENS, tokenizer.model_max_length)
     out = np.zeros((len(texts), encoder.config.hidden_size), dtype=np.float32)
@@ -104,4 +108,5 @@ def embeddings(model: Any, tokenizer: Any, texts: Sequence[str], batch_size: int
             mean = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
         out[rows] = mean.numpy()
     encoder.train(training)
+    torch.set_num_threads(threads)
     return out

@@ -123,11 +123,12 @@ def _try_out(experiment: Experiment) -> None:
     trainer, data = experiment.trainer, experiment.train
     model, start = trainer.model, experiment.kept.start
     ordered = np.argsort(data.lengths(), kind="stable")
-    parts = [ordered[[0, -1, 0]], ordered[[len(ordered) // 2, 0]]]  # tokens to pad, and a row
+    parts = [ordered[[0, -1, 0]], ordered[[min(1, len(ordered) - 1), 0]]]  # tokens to pad, and a row
     trainer.flat.load_(experiment.params, start)
     model.eval()
     with torch.no_grad():
-        alone = [model(**data.batch(part, trainer.device)).loss for part in parts]
+        batches = [data.batch(part, trainer.device) for part in parts]
+        alone = [trainer.task.loss(model(**inputs), inputs) for inputs in batches]
     try:
         lanes = Lanes(trainer, experiment.params, [start, start], [1.0, 1.0])
         batch = stacked_batch(data, parts, trainer.device)

@@ -52,6 +52,7 @@ class Lanes:
 
     def __init__(self, trainer: Trainer, params: State, own: Sequence[State], lrs: Sequence[float]) -> None:
         self._model, self._flat, self._config = trainer.model, trainer.flat, trainer.config
+        self._task = trainer.task
         width = -(-self._flat.master.numel() // ALIGNMENT) * ALIGNMENT
         row = torch.zeros(width, device=trainer.device)
         for name, tensor in params.items():
@@ -83,7 +84,7 @@ class Lanes:
             self._leaves, self._count = self._views(count), count
 
         def one(leaves: dict[str, Tensor], inputs: dict[str, Tensor]) -> Tensor:
-            return cast("Tensor", functional_call(self._model, leaves, (), inputs).loss)
+            return self._task.loss(functional_call(self._model, leaves, (), inputs), inputs)
 
         return cast("Tensor", vmap(one, randomness="different")(self._leaves, batch))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
@@ -92,6 +92,18 @@ class Task(Component, ABC):
     def units(self, table: Any, data: DataConfig) -> list[str] | None:
         """Return values of which a hold-out keeps equal ones together; None for no such thing."""
         return None
+
+    def loss(self, model_output: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Return what training minimises, a number: the model's own loss.
+
+        It must not depend on how far a batch is padded: clients trained side by side are padded alike.
+        """
+        loss: Tensor = model_output.loss
+        return loss
+
+    def scorable(self, encoded: Encoded, examples: IntArray) -> bool:
+        """Return whether a score of these few examples says anything; what does not is no client's score."""
+        return len(examples) > 0
 
     @abstractmethod
     def outputs(self, model_output: Any) -> Tensor:

@@ -106,6 +106,10 @@ class NER(Task):
             for window, start in enumerate(window_starts(len(pieces), room, self.overlap)):
                 inside = range(start, min(start + room, len(pieces)))
                 own = [words[t] if owner[t] == window else -1 for t in inside]
+                if all(
+                    word < 0 for word in own
+                ):  # the middle of a very long word: nothing to learn or predict
+                    continue
                 ids.append([*before, *(pieces[t] for t in inside), *after])
                 places.append([*(-1 for _ in before), *own, *(-1 for _ in after)])
                 example.append(row)
@@ -166,6 +170,11 @@ class NER(Task):
             own = np.flatnonzero(place >= 0)
             tags[row if encoded.example is None else int(encoded.example[row])][place[own]] = output[own]
         return [(reference.words[e], tags[int(e)]) for e in examples]
+
+    def scorable(self, encoded: Encoded, examples: IntArray) -> bool:
+        """Return whether there is an entity to find: without one F1 is 0, also for those who find none."""
+        reference: _Reference = encoded.reference
+        return reference.truth is not None and any(any(reference.truth[e]) for e in examples)
 
     def score(self, predictions: Sequence[Any], encoded: Encoded, examples: IntArray) -> dict[str, float]:
         """Return precision, recall and F1 of exact spans (micro), and F1's mean over the types (macro)."""

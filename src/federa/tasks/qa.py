@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.nn import functional
 
 from federa.data.batches import IGNORED_POSITION, Encoded, Ragged
 from federa.data.datasets import DataConfig
@@ -173,6 +174,21 @@ class QA(Task):
         """Return the contexts: a held-out question must not share its context with a training one."""
         return list(table[data.context_column])
 
+    def loss(self, model_output: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Return the mean cross entropy of start and end over the tokens of a row.
+
+        The loss of transformers' models counts the padding among the places where an answer may be.
+        """
+        hidden = inputs["attention_mask"] == 0
+        parts = []
+        for logits, name in (
+            (model_output.start_logits, "start_positions"),
+            (model_output.end_logits, "end_positions"),
+        ):
+            seen = logits.float().masked_fill(hidden, torch.finfo(torch.float32).min)
+            parts.append(functional.cross_entropy(seen, inputs[name], ignore_index=IGNORED_POSITION))
+        return (parts[0] + parts[1]) / 2
+
     def outputs(self, model_output: Any) -> Tensor:
         """Return the logits of start and end, `(batch, length, 2)`."""
         return torch.stack([model_output.start_logits, model_output.end_logits], dim=-1)
@@ -217,8 +233,9 @@ class QA(Task):
         return squad_scores([answer.text for answer in predictions], reference.answers(examples))
 
     def show(self, prediction: Any, labels: Sequence[str]) -> dict[str, Any]:
-        """Return `answer`, where it starts in the context, and its `score`."""
-        return {"answer": prediction.text, "start": prediction.start, "score": round(prediction.score, 4)}
+        """Return `answer`, where it starts, and its `score`: null where no token can answer."""
+        score = round(prediction.score, 4) if np.isfinite(prediction.score) else None
+        return {"answer": prediction.text, "start": prediction.start, "score": score}
 
 
 class _Reference:
