@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 
 WORDS = {
     "sport": ["match", "goal", "team", "player", "win", "cup", "league", "coach", "score", "season"],
@@ -15,6 +17,12 @@ WORDS = {
     "food": ["bread", "cheese", "soup", "cook", "kitchen", "taste", "salt", "butter", "dinner", "recipe"],
 }
 FILLER = ["the", "a", "of", "and", "in", "to", "was", "is", "for", "on", "with", "it", "by", "at", "from"]
+KIND = {word: kind for kind, words in WORDS.items() for word in words}
+TASKS = {
+    "classification": {"name": "classification", "max_length": 32},
+    "ner": {"name": "ner", "max_length": 24, "overlap": 6},
+    "qa": {"name": "qa", "max_length": 32, "overlap": 4, "group_by": "title"},
+}
 FAMILIES = ("bert", "roberta", "deberta-v2", "distilbert", "electra", "modernbert")
 
 
@@ -37,6 +45,33 @@ def write_csv(path: Path, rows: list[dict[str, str]]) -> Path:
         writer.writeheader()
         writer.writerows(rows)
     return path
+
+
+def task_rows(task: str, count: int, seed: int) -> list[dict[str, Any]]:
+    """Return rows of a task over the same few words; some longer than a window of `TASKS`."""
+    rng = np.random.default_rng(seed)
+    out = []
+    for _ in range(count):
+        words = [str(w) for w in rng.choice([*FILLER, *KIND], rng.integers(8, 30))]
+        at = int(rng.integers(len(words)))
+        words[at] = str(rng.choice(list(KIND)))
+        text, kind = " ".join(words), KIND[words[at]]
+        if task == "classification":
+            out.append({"text": text, "label": kind})
+        elif task == "ner":
+            out.append({"tokens": words, "tags": [f"B-{KIND[w]}" if w in KIND else "O" for w in words]})
+        else:
+            answer = {"text": [words[at]], "answer_start": [len(" ".join([*words[:at], ""]))]}
+            out.append({"question": f"what {kind}", "context": text, "answers": answer, "title": kind})
+    return out
+
+
+def write_task(folder: Path, task: str) -> Path:
+    """Write 24 training and 9 test rows of a task as Parquet."""
+    folder.mkdir(parents=True)
+    for split, count in (("train", 24), ("test", 9)):
+        Dataset.from_list(task_rows(task, count, len(split))).to_parquet(folder / f"{split}.parquet")
+    return folder
 
 
 def build_encoder(family: str, to: Path) -> Path:

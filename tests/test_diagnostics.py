@@ -9,6 +9,7 @@ import torch
 
 from federa import diagnostics
 from federa.diagnostics import diagnose
+from federa.types import RoundFailedError
 from running import build, federa, loop
 
 A, B = "layer.q.lora_A", "layer.q.lora_B"
@@ -115,6 +116,30 @@ def test_a_run_writes_a_line_a_round(recipe, tmp_path, method, factored):
         assert bool(heads) == (method == "probe")
 
 
+def test_doras_update_is_no_product_of_factors(recipe, tmp_path):
+    out = tmp_path / "run"
+    loop.run(build(recipe, method={"name": "lora", "rank": 4, "dora": True}, diagnostics=True).config, out)
+    for line in (out / "diagnostics.jsonl").read_text().splitlines():
+        found = json.loads(line)
+        assert found["aggregation_error"] is None and found["norm_mean"] > 0
+
+
+def test_means_are_weighted_as_the_aggregator_weights(recipe, tmp_path, monkeypatch):
+    seen = []
+    real = diagnostics.diagnose
+
+    def noting(params, deltas, weights, *rest):
+        seen.append(weights)
+        return real(params, deltas, weights, *rest)
+
+    monkeypatch.setattr(loop, "diagnose", noting)
+    for weighted in (True, False):
+        config = build(recipe, diagnostics=True, rounds=1, aggregator={"name": "mean", "weighted": weighted})
+        loop.run(config.config, tmp_path / str(weighted))
+    assert len(set(seen[0])) > 1, "clients of different sizes"
+    assert seen[1] == [1.0] * 3
+
+
 def test_without_being_asked_a_run_writes_none(recipe, tmp_path):
     loop.run(build(recipe).config, tmp_path / "run")
     assert not (tmp_path / "run" / "diagnostics.jsonl").exists()
@@ -129,7 +154,7 @@ def test_rejected_updates_are_left_out(recipe, tmp_path, monkeypatch):
         lambda params, deltas, *rest: seen.append(len(deltas)) or real(params, deltas, *rest),
     )
     config = build(recipe, diagnostics=True, max_update_norm=1e-9, min_success=0.0).config
-    with pytest.raises(Exception):
+    with pytest.raises(RoundFailedError):
         loop.run(config, tmp_path / "run")
     assert seen == []
 

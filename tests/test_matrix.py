@@ -16,7 +16,7 @@ from federa.methods.targets import find_targets
 from federa.run import Observer, run
 from federa.types import FederaError
 from running import same
-from small import FILLER, WORDS
+from small import TASKS, write_task
 
 METHODS = {
     "federa": {"name": "federa", "rank": 4, "alpha": 6},
@@ -25,32 +25,6 @@ METHODS = {
     "bitfit": {"name": "bitfit"},
     "ft": {"name": "ft"},
 }
-TASKS = {
-    "classification": {"name": "classification", "max_length": 32},
-    "ner": {"name": "ner", "max_length": 24, "overlap": 6},
-    "qa": {"name": "qa", "max_length": 32, "overlap": 4, "group_by": "title"},
-}
-KIND = {word: kind for kind, words in WORDS.items() for word in words}
-
-
-def rows(task, count, seed):
-    """Rows of a task over the same few words; some longer than a window."""
-    rng = np.random.default_rng(seed)
-    out = []
-    for number in range(count):
-        words = [str(w) for w in rng.choice([*FILLER, *KIND], rng.integers(8, 30))]
-        at = int(rng.integers(len(words)))
-        words[at] = str(rng.choice(list(KIND)))
-        if task == "classification":
-            out.append({"text": " ".join(words), "label": KIND[words[at]]})
-        elif task == "ner":
-            out.append({"tokens": words, "tags": [f"B-{KIND[w]}" if w in KIND else "O" for w in words]})
-        else:
-            start = len(" ".join(words[:at])) + (at > 0)
-            answer = {"text": [words[at]], "answer_start": [start]}
-            context, title = " ".join(words), KIND[words[at]]
-            out.append({"question": f"what {title}", "context": context, "answers": answer, "title": title})
-    return out
 
 
 @pytest.fixture(scope="module")
@@ -71,10 +45,7 @@ def data_of(tmp_path_factory):
 
     def get(task):
         if task not in made:
-            made[task] = tmp_path_factory.mktemp("data") / task
-            made[task].mkdir()
-            for split, count in (("train", 24), ("test", 9)):
-                Table.from_list(rows(task, count, len(split))).to_parquet(made[task] / f"{split}.parquet")
+            made[task] = write_task(tmp_path_factory.mktemp("data") / task, task)
         return made[task]
 
     return get

@@ -248,7 +248,7 @@ def _step(experiment: Experiment) -> tuple[float, float]:
     trainer.model.train()
     with native.without(), counter:
         for rows in steps:
-            trainer.model(**train.batch(rows, trainer.device)).loss.backward()
+            trainer.loss(train, rows).backward()
     trainer.flat.zero_gradient_()
     return counter.get_total_flops() / len(steps), sum(map(len, steps)) / len(steps)
 

@@ -175,8 +175,7 @@ class Trainer:
         with torch_seeded(job.seed):
             for batch_rows in self.batches(data, rows, job):
                 flat.zero_gradient_()
-                inputs = data.batch(batch_rows, self.device)
-                loss = self.task.loss(self.model(**inputs), inputs)
+                loss = self.loss(data, batch_rows)
                 loss.backward()
                 flat.pull_gradient_()
                 if config.proximal:
@@ -197,6 +196,11 @@ class Trainer:
             "seconds_train": time.perf_counter() - began,
         }
         return Update(job, flat.read(delta, self.shared), float(len(rows)), metrics), kept
+
+    def loss(self, data: Encoded, rows: IntArray) -> Tensor:
+        """Return the task's loss of one batch, a number."""
+        inputs = data.batch(rows, self.device)
+        return self.task.loss(self.model(**inputs), inputs)
 
     def batches(self, data: Encoded, rows: IntArray, job: Job) -> Iterator[IntArray]:
         """Yield the batches of a job, as row numbers."""

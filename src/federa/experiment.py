@@ -248,15 +248,13 @@ def build_experiment(
     held = _partition(config, splits.train, groups.train)
     parts = [train.rows_of(examples) for examples in held]
     seconds["partition"] = time.perf_counter() - began
-    if config.cohort > len(parts):
-        raise FederaError(
-            f"cohort: {config.cohort} clients a round, but the partition has {len(parts)} clients"
-        )
     began = time.perf_counter()
     setup = Setup(loaded.head, seed_for(config.seed, "start"), init, loaded.fingerprint, cache)
     start = config.method.prepare(loaded.model, setup)
     seconds["prepare"] = time.perf_counter() - began
     local = frozenset(loaded.head if config.method.head == "local" else ())
+    if local:
+        _require_known_groups(groups)
     travelling = {name: t for name, t in start.items() if name not in local}
     sizes = _sizes(config, loaded, start, travelling)
     model = loaded.model.to(device)
@@ -264,7 +262,7 @@ def build_experiment(
         speed_up(model)
     trainer = Trainer(model, loaded.head, local, config.task, config.client)
     pack_all(model)
-    experiment = Experiment(
+    return Experiment(
         config=config,
         trainer=trainer,
         train=train,
@@ -280,12 +278,15 @@ def build_experiment(
         sizes=sizes,
         seconds=seconds,
     )
-    if local and not any(len(experiment.client_examples(client)) for client in range(len(parts))):
+
+
+def _require_known_groups(groups: Groups) -> None:
+    """Raise unless evaluation examples can stand for clients, on which alone local heads are measured."""
+    if not np.isin(groups.evaluation, groups.train).any():
         raise FederaError(
             "method.head=local: no client's group has evaluation examples, so no head could be measured; "
             "set task.group_by to a column whose values the evaluation set has too"
         )
-    return experiment
 
 
 def _sizes(config: RunConfig, loaded: Pretrained, start: State, travelling: State) -> dict[str, int]:
@@ -331,4 +332,9 @@ def _partition(config: RunConfig, table: Any, groups: IntArray) -> list[IntArray
     if column is not None:
         values = column_values(table, column, "partition.column")
         groups = np.unique(values, return_inverse=True)[1].astype(np.int64)
-    return partition_examples(config.partition, groups, config.seed)
+    parts = partition_examples(config.partition, groups, config.seed)
+    if config.cohort > len(parts):
+        raise FederaError(
+            f"cohort: {config.cohort} clients a round, but the partition has {len(parts)} clients"
+        )
+    return parts

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from federa.config import parse_config
-from federa.data import groups
 from federa.data.datasets import read_splits
 from federa.data.groups import MAX_TOKENS, UNKNOWN, clustered, column_values, embeddings, numbered
 from federa.experiment import build_experiment, group_examples
 from federa.models import ModelConfig, load_pretrained
 from federa.types import FederaError
 from running import build
+from small import sentences
 
 # By name
 
@@ -72,28 +72,6 @@ def test_clusters_belong_to_the_seed():
     assert first.names[0] == "cluster 00" and first.names[-1] == "cluster 11"
 
 
-def test_the_last_bits_of_an_embedding_are_no_matter(monkeypatch):
-    """Sums differ in them with the number of threads."""
-    seen = []
-
-    class Spy(groups.KMeans):
-        def fit(self, points):
-            seen.append(points)
-            return super().fit(points)
-
-        def predict(self, points):
-            seen.append(points)
-            return super().predict(points)
-
-    monkeypatch.setattr(groups, "KMeans", Spy)
-    rng = np.random.default_rng(0)
-    rounded = np.round(rng.normal(size=(50, 16)), 4).astype(np.float32)
-    shaken = (rounded + rng.normal(scale=2e-6, size=rounded.shape)).astype(np.float32)
-    assert not np.array_equal(rounded, shaken)
-    clustered(shaken, shaken, 3, seed=1)
-    assert len(seen) == 2 and all(np.array_equal(points, rounded) for points in seen)
-
-
 def test_no_more_clusters_than_examples():
     points, _ = blobs(np.random.default_rng(0), [3, 2])
     assert set(clustered(points, points, 5, seed=0).train) == set(range(5))
@@ -132,6 +110,17 @@ def test_an_embedding_is_the_mean_of_the_hidden_states(encoder_and_tokenizer):
             mean = model.base_model(input_ids=ids).last_hidden_state[0].mean(0)
         np.testing.assert_allclose(row, (mean / mean.norm()).numpy(), atol=1e-5)
     np.testing.assert_allclose(embeddings(model, tokenizer, TEXTS, batch_size=1), found, atol=1e-6)
+
+
+def test_embeddings_do_not_depend_on_the_number_of_threads(encoder_and_tokenizer):
+    model, tokenizer = encoder_and_tokenizer
+    texts = [sentence["text"] for sentence in sentences(200)]
+    found = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        found.append(embeddings(model, tokenizer, texts))
+        assert torch.get_num_threads() == threads, "as it was before"
+    assert np.array_equal(*found)
 
 
 def test_long_texts_are_cut(encoder_and_tokenizer, monkeypatch):

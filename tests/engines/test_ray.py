@@ -105,9 +105,9 @@ def test_keys(recipe):
     for wrong in ("10.0.0.7", "ray://head:10001", "head:", ""):
         with pytest.raises(FederaError, match=r"engine\.address"):
             configure(recipe, engine={"name": "ray", "address": wrong})
-    # What another engine's recipe may carry over.
+    # What another engine's recipe carries over; what it leaves open is this one's default.
     moved = configure({**recipe, "engine": {"name": "serial", "threads": None}}, engine__name="ray")
-    assert moved.engine.threads is None
+    assert moved.engine.threads == 1
 
 
 @needs_ray

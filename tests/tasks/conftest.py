@@ -78,6 +78,12 @@ def any_tokenizer(request):
 
 
 @pytest.fixture(scope="session")
+def byte_level():
+    """A tokenizer of RoBERTa's kind: a word that it has not seen is a token a byte."""
+    return build_tokenizer("bpe")
+
+
+@pytest.fixture(scope="session")
 def shared():
     """Return a function that reads a split of a data set of `shared/data`, or skips the test."""
 

@@ -346,6 +346,19 @@ def test_any_words_have_one_label_each(any_tokenizer, words):
     check_one_label_a_word(words, any_tokenizer, NER(max_length=9, overlap=3))
 
 
+def test_windows_inside_one_word_are_left_out(byte_level):
+    """Nothing could be learnt from them, and a batch of them alone would lose 0 / 0."""
+    words = ["Paris", "qzx" * 30, "York"]
+    task = NER(max_length=12, overlap=2)
+    encoded = task.encode(table([words], [["B-LOC", "O", "B-LOC"]]), DATA, byte_level, LABELS)
+    assert 1 < len(encoded) < 6, "90 pieces would be nine windows"
+    given = rows_of(encoded.targets["labels"])
+    assert all(max(row) >= 0 for row in given)
+    assert sum(label >= 0 for row in given for label in row) == 3
+    found = task.decode(one_hot(encoded, np.random.default_rng(0)), encoded, np.arange(1))
+    assert [LABELS[tag] for tag in found[0][1]] == ["B-LOC", "O", "B-LOC"]
+
+
 @pytest.mark.parametrize(("max_length", "overlap"), [(128, 32), (12, 4), (6, 3), (4, 1), (5, 0)])
 def test_no_entity_is_lost_at_a_cut(any_tokenizer, max_length, overlap):
     rng = np.random.default_rng(max_length)

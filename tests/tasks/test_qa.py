@@ -262,7 +262,8 @@ def test_the_best_span_is_that_of_trying_them_all(word_level, seed):
 
 
 def test_logits_that_are_no_numbers_give_no_answer(word_level):
-    assert decoded(TASK, [np.nan] * 7, [0] * 7, word_level).text == ""
+    answer = decoded(TASK, [np.nan] * 7, [0] * 7, word_level)
+    assert TASK.show(answer, LABELS) == {"answer": "", "start": 0, "score": None}
 
 
 # What does not fit
@@ -488,6 +489,19 @@ def test_a_model_takes_the_rows_and_the_loss_skips_what_is_ignored(encoder, word
         name: torch.tensor([both[name][0], IGNORED_POSITION]) for name in ("start_positions", "end_positions")
     }
     torch.testing.assert_close(model(**ignored).loss, -(starts[0, 6] + ends[0, 7]) / 2)
+
+
+def test_the_loss_does_not_depend_on_padding(encoder, word_level):
+    model = transformers.AutoModelForQuestionAnswering.from_pretrained(encoder("bert")).eval()
+    rows = table(("soup bread", CONTEXT, "team player"), ("soup", "goal", "goal"))
+    encoded = TASK.encode(rows, DATA, word_level, LABELS)
+    losses = []
+    for some in ([0], [1], [0, 1]):
+        inputs = encoded.batch(np.array(some), CPU)
+        losses.append(TASK.loss(model(**inputs), inputs))
+    torch.testing.assert_close(losses[2], (losses[0] + losses[1]) / 2)
+    with_padding = model(**encoded.batch(np.array([0, 1]), CPU)).loss
+    assert abs(with_padding - losses[2]) > 1e-3, "which transformers' own loss does"
 
 
 def test_registered():

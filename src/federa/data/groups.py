@@ -71,9 +71,7 @@ def clustered(train: FloatArray, evaluation: FloatArray, clusters: int, seed: in
     """
     if len(train) < clusters:
         raise FederaError(f"task.clusters: {clusters} clusters of {len(train)} training examples")
-    with threadpool_limits(
-        1
-    ):  # the last bits of a sum depend on the number of threads, and a border may on them
+    with threadpool_limits(1):  # a sum's last bits depend on the number of threads, and a border on them
         found = KMeans(clusters, n_init=1, random_state=seed).fit(train)
         ids = found.predict(evaluation) if len(evaluation) else np.zeros(0)
     width = len(str(clusters - 1))

@@ -127,8 +127,7 @@ def _try_out(experiment: Experiment) -> None:
     trainer.flat.load_(experiment.params, start)
     model.eval()
     with torch.no_grad():
-        batches = [data.batch(part, trainer.device) for part in parts]
-        alone = [trainer.task.loss(model(**inputs), inputs) for inputs in batches]
+        alone = [trainer.loss(data, part) for part in parts]
     try:
         lanes = Lanes(trainer, experiment.params, [start, start], [1.0, 1.0])
         batch = stacked_batch(data, parts, trainer.device)
@@ -194,9 +193,7 @@ def memory_of_a_client(experiment: Experiment) -> int:
         return _peak_on_cuda(step, trainer.device)
     trainer.flat.load_(experiment.params, experiment.kept.start)
     with torch_seeded(0):
-        saved = _saved_for_backward(
-            lambda: trainer.model(**data.batch(rows, trainer.device)).loss, trainer.model
-        )
+        saved = _saved_for_backward(lambda: trainer.loss(data, rows), trainer.model)
     # A backward pass holds gradients and scratch beside what was saved for it. (Where nothing below the head
     # trains, little is saved and a forward pass's scratch, a few times that, is not in this.)
     return 2 * saved + 4 * COPIES * int(trainer.flat.master.numel())

@@ -106,9 +106,7 @@ class NER(Task):
             for window, start in enumerate(window_starts(len(pieces), room, self.overlap)):
                 inside = range(start, min(start + room, len(pieces)))
                 own = [words[t] if owner[t] == window else -1 for t in inside]
-                if all(
-                    word < 0 for word in own
-                ):  # the middle of a very long word: nothing to learn or predict
+                if max(own) < 0:  # the middle of a very long word: nothing to learn or predict
                     continue
                 ids.append([*before, *(pieces[t] for t in inside), *after])
                 places.append([*(-1 for _ in before), *own, *(-1 for _ in after)])
