@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from federa.engines import Session
+from federa.engines import Clients
 from federa.experiment import Experiment
 from federa.seeds import generator
 from federa.types import Job, RoundFailedError, State
@@ -27,7 +27,7 @@ class Evaluator:
         told: is given how many batches (or clients) are done, and of how many.
     """
 
-    def __init__(self, experiment: Experiment, session: Session, told: Callable[[int, int], None]) -> None:
+    def __init__(self, experiment: Experiment, session: Clients, told: Callable[[int, int], None]) -> None:
         self._experiment, self._session, self._told = experiment, session, told
         self._last: tuple[State, list[Any]] | None = None
 

@@ -220,7 +220,7 @@ def build_experiment(
     Raises:
         FederaError: anything in the recipe that does not fit the data, the model or this machine.
     """
-    device = pick_device(config.device)
+    pick_device(config.device)  # a device that is not there is said before anything is read
     seconds, began = {}, time.perf_counter()
     splits = read_splits(config.data, config.task)
     labels = config.task.labels(splits.train, config.data)
@@ -232,15 +232,7 @@ def build_experiment(
     seconds["load"] = time.perf_counter() - began
     began = time.perf_counter()
     train, evaluation = (
-        tokenised(
-            functools.partial(config.task.encode, table, config.data, loaded.tokenizer, labels),
-            table,
-            loaded.tokenizer,
-            config.task,
-            config.data,
-            labels,
-        )
-        for table in (splits.train, splits.evaluation)
+        encoded(config, table, loaded.tokenizer, labels) for table in (splits.train, splits.evaluation)
     )
     seconds["tokenise"] = time.perf_counter() - began
     began = time.perf_counter()
@@ -248,36 +240,81 @@ def build_experiment(
     held = _partition(config, splits.train, groups.train)
     parts = [train.rows_of(examples) for examples in held]
     seconds["partition"] = time.perf_counter() - began
-    began = time.perf_counter()
-    setup = Setup(loaded.head, seed_for(config.seed, "start"), init, loaded.fingerprint, cache)
-    start = config.method.prepare(loaded.model, setup)
-    seconds["prepare"] = time.perf_counter() - began
-    local = frozenset(loaded.head if config.method.head == "local" else ())
-    if local:
+    if config.method.head == "local":
         _require_known_groups(groups)
-    travelling = {name: t for name, t in start.items() if name not in local}
-    sizes = _sizes(config, loaded, start, travelling)
-    model = loaded.model.to(device)
-    if device.type == "cpu":
-        speed_up(model)
-    trainer = Trainer(model, loaded.head, local, config.task, config.client)
-    pack_all(model)
+    began = time.perf_counter()
+    ready = prepare(config, loaded, init, cache)
+    seconds["prepare"] = time.perf_counter() - began
     return Experiment(
         config=config,
-        trainer=trainer,
+        trainer=ready.trainer,
         train=train,
         evaluation=evaluation,
         parts=parts,
-        params=travelling,
-        kept=KeptStates(kept, {name: t for name, t in start.items() if name in local}),
+        params=ready.params,
+        kept=KeptStates(kept, ready.local),
         labels=labels,
         groups=groups,
         fingerprint=loaded.fingerprint,
         tokenizer=loaded.tokenizer,
         counts=group_counts(held, groups.train, len(groups.names)),
-        sizes=sizes,
+        sizes=ready.sizes,
         seconds=seconds,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A model ready to train, and where it starts.
+
+    Attributes:
+        trainer: has the model, on the recipe's device.
+        params: the round-0 state that travels.
+        local: the round-0 state that clients keep for themselves.
+        sizes: as in `Experiment`.
+    """
+
+    trainer: Trainer
+    params: State
+    local: State
+    sizes: dict[str, int]
+
+
+def prepare(config: RunConfig, loaded: Pretrained, init: State | None, cache: Path | None = None) -> Prepared:
+    """Let the recipe's method prepare a pretrained model.
+
+    Args:
+        config: the recipe, resolved.
+        loaded: the pretrained model; it is changed.
+        init: the round-0 state where there is one already; None computes it.
+        cache: a folder for computed starts; None to keep nothing.
+
+    Raises:
+        FederaError: the method does not fit the model, or the state does not fit the method.
+    """
+    setup = Setup(loaded.head, seed_for(config.seed, "start"), init, loaded.fingerprint, cache)
+    start = config.method.prepare(loaded.model, setup)
+    local = frozenset(loaded.head if config.method.head == "local" else ())
+    params = {name: t for name, t in start.items() if name not in local}
+    sizes = _sizes(config, loaded, start, params)
+    device = pick_device(config.device)
+    model = loaded.model.to(device)
+    if device.type == "cpu":
+        speed_up(model)
+    trainer = Trainer(model, loaded.head, local, config.task, config.client)
+    pack_all(model)
+    return Prepared(trainer, params, {name: t for name, t in start.items() if name in local}, sizes)
+
+
+def encoded(config: RunConfig, table: Any, tokenizer: Any, labels: Sequence[str]) -> Encoded:
+    """Return a table as the recipe's task encodes it; the same content is encoded once.
+
+    Raises:
+        FederaError: a row that the task cannot use.
+    """
+    task, data = config.task, config.data
+    encode = functools.partial(task.encode, table, data, tokenizer, labels)
+    return tokenised(encode, table, tokenizer, task, data, labels)
 
 
 def _require_known_groups(groups: Groups) -> None:

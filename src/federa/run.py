@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import numpy as np
 from federa.checkpoint import RunDirectory
 from federa.config import RunConfig, parse_config, read_yaml
 from federa.diagnostics import diagnose
-from federa.engines import Session
+from federa.engines import Clients
 from federa.environment import environment
 from federa.evaluation import Evaluator
 from federa.experiment import Experiment, build_experiment, resolve
@@ -25,7 +25,7 @@ from federa.report import write_report
 from federa.server import OK, finish_round, make_jobs
 from federa.state import load_state, num_bytes, write_atomically
 from federa.trackers import TRACKERS, require_trackers
-from federa.types import FederaError, Job, Record, ServerState, State, Update
+from federa.types import Absence, FederaError, Job, Record, ServerState, State, Update
 
 
 class Observer:
@@ -42,6 +42,23 @@ class Observer:
 
     def finished_round(self, record: Record) -> None:
         """A round is recorded (and is in the checkpoint)."""
+
+
+class Place:
+    """Where the clients of a run are: the simulator's are in this process and its workers."""
+
+    def build(
+        self, config: RunConfig, init: State | None, kept: Path | None, base: str | None, cache: Path | None
+    ) -> Experiment:
+        """Return the experiment of a recipe; the arguments are those of `build_experiment`."""
+        return build_experiment(config, init, kept, base=base, cache=cache)
+
+    def open(self, experiment: Experiment) -> AbstractContextManager[Clients]:
+        """Start what answers the jobs of a round, and stop it at the end of the block."""
+        return experiment.config.engine.open(experiment)
+
+
+HERE = Place()
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +85,7 @@ class _Loop:
     """What the round loop works with."""
 
     experiment: Experiment
-    session: Session
+    session: Clients
     evaluator: Evaluator
     observer: Observer
     folder: RunDirectory | None
@@ -87,6 +104,7 @@ def run(
     *,
     resume: bool = False,
     observer: Observer | None = None,
+    place: Place = HERE,
 ) -> Result:
     """Run a recipe from the start, or go on where it was cut off.
 
@@ -95,6 +113,7 @@ def run(
         out: the run directory; None keeps nothing.
         resume: go on from the directory's checkpoint; none yet means round 0. A finished run stays as it is.
         observer: is told how it goes.
+        place: where the clients are; this machine, unless a federation of several says otherwise.
 
     Raises:
         FederaError: a mistake in the recipe, the data or the directory; nothing is written then.
@@ -121,8 +140,8 @@ def run(
             stack.enter_context(folder.locked())
             if clear is not None:
                 stack.push(clear)
-        experiment, state, records = _prepare(config, folder)
-        session = stack.enter_context(config.engine.open(experiment))
+        experiment, state, records = _prepare(config, folder, place)
+        session = stack.enter_context(place.open(experiment))
         first_start = (folder.read_json("environment.json") or {}).get("seconds_start") if folder else None
         reached = set(experiment.trained_clients(state.round))
         start = first_start or experiment.seconds
@@ -193,11 +212,13 @@ def _finished(folder: RunDirectory, config: RunConfig) -> Result | None:
     return Result(config, folder.load_checkpoint(), folder.records(), summary, folder.path)
 
 
-def _prepare(config: RunConfig, folder: RunDirectory | None) -> tuple[Experiment, ServerState, list[Record]]:
+def _prepare(
+    config: RunConfig, folder: RunDirectory | None, place: Place
+) -> tuple[Experiment, ServerState, list[Record]]:
     """Build the experiment, and find the state to go on from."""
     if folder is not None and folder.init.is_file():
         init, metadata = load_state(folder.init)
-        experiment = build_experiment(config, init, folder.kept, base=metadata.get("fingerprint", ""))
+        experiment = place.build(config, init, folder.kept, metadata.get("fingerprint", ""), None)
         held = folder.read_json("partition.json") or {}
         if held.get("fingerprint") != experiment.data_fingerprint():
             raise FederaError(
@@ -208,7 +229,7 @@ def _prepare(config: RunConfig, folder: RunDirectory | None) -> tuple[Experiment
             state = folder.load_checkpoint()
             return experiment, state, folder.rewind(state.round)
     else:
-        experiment = build_experiment(config, None, folder.kept if folder else None, cache=cache_folder())
+        experiment = place.build(config, None, folder.kept if folder else None, None, cache_folder())
     state = ServerState(0, experiment.params, config.server_optimizer.init(experiment.params))
     if folder is not None:
         folder.write_json("environment.json", {**environment(), "seconds_start": experiment.seconds})
@@ -249,7 +270,7 @@ def _rounds(loop: _Loop, state: ServerState) -> ServerState:
                 "rejected": rejected,
                 "verdicts": {str(client): v for client, v in sorted(summary.verdicts.items())},
                 "examples": summary.examples,
-                "bytes_up": num_bytes(state.params) * len(summary.verdicts),
+                "bytes_up": num_bytes(state.params) * (len(summary.verdicts) - summary.absent),
                 "bytes_down": num_bytes(state.params) * len(jobs) + beside,
                 "seconds_train": summary.seconds_train,
                 "seconds_round": time.perf_counter() - began,
@@ -264,8 +285,13 @@ def _rounds(loop: _Loop, state: ServerState) -> ServerState:
     return state
 
 
-def _watched(loop: _Loop, params: State, jobs: list[Job], seen: list[Update] | None) -> Iterator[Update]:
+def _watched(
+    loop: _Loop, params: State, jobs: list[Job], seen: list[Update] | None
+) -> Iterator[Update | Absence]:
     for update in loop.session.train(params, jobs):
+        if isinstance(update, Absence):
+            yield update
+            continue
         loop.observer.updated(update, len(jobs))
         if seen is not None:
             seen.append(update)

@@ -12,7 +12,7 @@ import torch
 from federa.client import scheduled_lr
 from federa.seeds import generator, seed_for
 from federa.state import norm
-from federa.types import Job, RoundFailedError, ServerState, State, Update
+from federa.types import Absence, Job, RoundFailedError, ServerState, State, Update
 
 if TYPE_CHECKING:
     from federa.config import RunConfig
@@ -81,12 +81,14 @@ class RoundSummary:
         examples: trained on, by the updates that counted.
         loss: mean over those updates, weighed by their examples.
         seconds_train: summed over all clients.
+        absent: how many updates did not come.
     """
 
     verdicts: dict[int, str] = field(default_factory=dict)
     examples: int = 0
     loss: float = math.nan
     seconds_train: float = 0.0
+    absent: int = 0
 
     @property
     def accepted(self) -> int:
@@ -98,7 +100,7 @@ def finish_round(
     config: RunConfig,
     state: ServerState,
     jobs: Sequence[Job],
-    updates: Iterable[Update],
+    updates: Iterable[Update | Absence],
     sizes: Sequence[int] | None = None,
 ) -> tuple[ServerState, RoundSummary]:
     """Check and sum updates as they come, and return the next state.
@@ -109,7 +111,7 @@ def finish_round(
         config: the recipe.
         state: before the round.
         jobs: of the round.
-        updates: the answers, in the order of the jobs.
+        updates: the answers, in the order of the jobs, or why one did not come.
         sizes: the number of examples of every client, which no weight may exceed; None if it is not known.
 
     Raises:
@@ -120,6 +122,10 @@ def finish_round(
     loss_sum = weight_sum = 0.0
     for update in updates:
         client = update.job.client_id
+        if isinstance(update, Absence):
+            summary.verdicts[client] = update.reason
+            summary.absent += 1
+            continue
         most = math.inf if sizes is None else sizes[client]
         summary.verdicts[client] = verdict(update, state.params, config.max_update_norm, most)
         seconds = update.metrics.get("seconds_train", 0.0)

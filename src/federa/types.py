@@ -65,6 +65,19 @@ class Update:
 
 
 @dataclass(frozen=True, slots=True)
+class Absence:
+    """Stands for an update that did not come, in a federation of real machines.
+
+    Attributes:
+        job: the job that was not answered.
+        reason: why, as far as anybody knows.
+    """
+
+    job: Job
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class ServerState:
     """All that crosses rounds, and so all that a resume needs.
 

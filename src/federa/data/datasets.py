@@ -202,6 +202,34 @@ def read_splits(config: DataConfig, task: Needs) -> Splits:
     return Splits(train, _sample(tables[config.evaluate_on], config.max_test, config.split_seed))
 
 
+def read_client(config: DataConfig, task: Needs) -> Any:
+    """Read one client's own table, all of it: `data.train`, or the `train` split that it has.
+
+    Raises:
+        FederaError: a file or column that is not there, or no row.
+    """
+    table = _read_source(config)["train"]
+    require_columns(table, "the client's table", [*task.inputs(config), *task.answers(config)])
+    if len(table) == 0:
+        raise FederaError(f"data.train: {config.train} has no row")
+    return _sample(table, config.max_train, config.split_seed)
+
+
+def read_held_out(config: DataConfig, task: Needs) -> Any:
+    """Read the table that a server without training data evaluates on.
+
+    Raises:
+        FederaError: the recipe names none, or a file or column is not there.
+    """
+    path = config.validation if config.evaluate_on == "validation" else config.test
+    key = f"data.{config.evaluate_on}"
+    if path is None:
+        raise FederaError(f"{key}: a server has no training data to hold examples out of; give {key}=FILE")
+    table = read_table(path, key)
+    require_columns(table, f"the {config.evaluate_on} table", [*task.inputs(config), *task.answers(config)])
+    return _sample(table, config.max_test, config.split_seed)
+
+
 def _read_source(config: DataConfig) -> dict[str, Any]:
     """Return the tables that `data.train` stands for, by split."""
     source = Path(config.train).expanduser()

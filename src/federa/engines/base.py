@@ -13,17 +13,17 @@ from pydantic import Field
 
 from federa.machine import available_cores
 from federa.registry import Component, Registry
-from federa.types import FederaError, FloatArray, IntArray, Job, State, Update
+from federa.types import Absence, FederaError, FloatArray, IntArray, Job, State, Update
 
 if TYPE_CHECKING:
     from federa.experiment import Experiment
 
 
-class Session(Protocol):
-    """An engine at work on one experiment; its models stay resident from round to round."""
+class Clients(Protocol):
+    """Whatever answers the jobs of a round: an engine at work, or machines elsewhere."""
 
-    def train(self, params: State, jobs: Sequence[Job]) -> Iterator[Update]:
-        """Yield one update a job, in the order of the jobs, each of tensors that nothing reuses."""
+    def train(self, params: State, jobs: Sequence[Job]) -> Iterator[Update | Absence]:
+        """Yield one update a job, in the order of the jobs, or why it did not come."""
 
     def predict(
         self, params: State, batches: Sequence[IntArray], job: Job | None = None
@@ -32,6 +32,13 @@ class Session(Protocol):
 
         With a job, with what that job's client keeps for itself (its own head) before the job's round.
         """
+
+
+class Session(Clients, Protocol):
+    """An engine at work on one experiment; its models stay resident from round to round."""
+
+    def train(self, params: State, jobs: Sequence[Job]) -> Iterator[Update]:
+        """Yield one update a job, in the order of the jobs, each of tensors that nothing reuses."""
 
 
 class Engine(Component, ABC):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
+from federa.cli.federation import certs, join, serve, split
 from federa.types import FederaError, RoundFailedError
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def main() -> None:
         raise SystemExit(1) from None
 
 
-def _split(arguments: list[str]) -> tuple[Path | None, list[str]]:
+def split_words(arguments: list[str]) -> tuple[Path | None, list[str]]:
     """Return the recipe (an argument without an equals sign) and the overrides."""
     recipes = [a for a in arguments if "=" not in a]
     if len(recipes) > 1:
@@ -80,7 +81,7 @@ def run(
     from federa.run import Observer
     from federa.run import run as start
 
-    recipe, overrides = _split(arguments or [])
+    recipe, overrides = split_words(arguments or [])
     if resume and (out is None or dry_run):
         raise FederaError("--resume: say which run with --out DIR, without --dry-run")
     config = None if resume and recipe is None and not overrides else load_config(recipe, overrides)
@@ -229,7 +230,7 @@ def bench(
     from federa.recipe_edit import edit_recipe
     from federa.state import write_atomically
 
-    recipe, overrides = _split(arguments or [])
+    recipe, overrides = split_words(arguments or [])
     if write and recipe is None:
         raise FederaError("--write: say which recipe to write into: federa bench RECIPE.yaml --write")
     config = load_config(recipe, overrides)
@@ -343,6 +344,10 @@ def init(
     print(f"{to} written; look with: federa run {to} --dry-run")
 
 
+for command in (certs, split, serve, join):
+    app.command()(command)
+
+
 @app.command("list")
 def list_() -> None:
     """List every method, task, partition, aggregator, server optimizer and engine, with its keys."""
@@ -361,7 +366,3 @@ def list_() -> None:
             print(f"  {name:14} {first}")
             if fields:
                 print(f"  {'':14} {', '.join(fields)}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,5 @@
+"""`python -m federa.cli`."""
+
+from federa.cli import main
+
+main()

@@ -1,0 +1,159 @@
+"""The commands of a federation of real machines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from federa.types import FederaError
+
+Words = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Argument(metavar="RECIPE.yaml [KEY=VALUE ...]", help="The recipe that server and nodes share."),
+]
+INSECURE = "Without TLS and keys, on this machine alone."
+
+
+def certs(
+    to: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to write.")],
+    *,
+    nodes: Annotated[int, typer.Option(help="How many nodes, numbered from 0.", min=1)],
+    host: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="A name or address that nodes call the server by; again for more."),
+    ] = None,
+    days: Annotated[int, typer.Option(help="For which the server's certificate is valid.", min=1)] = 365,
+) -> None:
+    """Make a CA, the server's certificate and a key for every node of a first federation."""
+    from federa.flower.certs import make_certificates
+
+    make_certificates(to, host or [], nodes, days)
+    print(f"server: {to / 'server'} (federa serve --certs); each node: its own of {to / 'nodes'}")
+
+
+def split(
+    arguments: Words = None,
+    *,
+    to: Annotated[Path, typer.Option(help="The folder to write.")],
+) -> None:
+    """Write one data set as the tables of many clients, to try a federation on one machine."""
+    from federa.cli import split_words
+    from federa.config import load_config
+    from federa.split import split as write
+
+    recipe, overrides = split_words(arguments or [])
+    sizes = write(load_config(recipe, overrides), to)
+    print(f"{to}: {len(sizes)} clients of {min(sizes)} to {max(sizes)} examples, test.parquet, recipe.yaml")
+
+
+def serve(
+    arguments: Words = None,
+    *,
+    out: Annotated[Path, typer.Option("--out", help="The run directory to write.")],
+    certificates: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--certs", help="The server's folder of `federa certs`."),
+    ] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help=INSECURE)] = False,
+    clients: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="How many nodes, with --insecure; else the keys say it."),
+    ] = None,
+    host: Annotated[str, typer.Option(help="The address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="The nodes' port.")] = 8000,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --out.")] = False,
+    wait: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(help="Seconds for all nodes to join at the start; default: for ever."),
+    ] = None,
+    deadline: Annotated[float, typer.Option(help="Seconds for the updates of a round.")] = 3600.0,
+    short: Annotated[
+        str, typer.Option(help="With fewer updates than min_success by then: wait or fail.")
+    ] = "wait",
+    ask_again: Annotated[float, typer.Option(help="Seconds until a silent node is asked again.")] = 60.0,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but mistakes.")] = False,
+) -> None:
+    """Run a recipe on the nodes that join: the server's one command."""
+    from federa import progress
+    from federa.cli import split_words
+    from federa.config import load_config
+    from federa.flower.federation import Patience
+    from federa.flower.serve import Address
+    from federa.flower.serve import serve as start
+    from federa.run import Observer
+
+    if (certificates is None) != insecure:
+        raise FederaError("give --certs DIR (see: federa certs), or --insecure to try it on this machine")
+    if short not in ("wait", "fail"):
+        raise FederaError(f"--short {short}: expected wait or fail")
+    recipe, overrides = split_words(arguments or [])
+    config = load_config(recipe, overrides)
+    console = progress.console()
+    bar = progress.Bar(console)
+    try:
+        result = start(
+            config,
+            out,
+            Address(host, port, certificates),
+            clients=clients,
+            patience=Patience(wait, deadline, ask_again, short),
+            resume=resume,
+            observer=Observer() if quiet else bar,
+            told=(lambda line: None) if quiet else lambda line: console.print(line, highlight=False),
+        )
+    except KeyboardInterrupt:
+        bar.close()
+        raise SystemExit(130) from None
+    finally:
+        bar.close()
+    if not quiet:
+        console.print(progress.result_table(result))
+        console.print(f"run directory: {out} (open {out / 'report.html'})", highlight=False)
+
+
+def join(
+    server: Annotated[str, typer.Argument(metavar="HOST:PORT", help="The server.")],
+    arguments: Words = None,
+    *,
+    keys: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--keys", help="This node's folder of `federa certs`: ca.crt and node.key."),
+    ] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help=INSECURE)] = False,
+    client: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="This client's number, with --insecure; else its key says it."),
+    ] = None,
+    state: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="A folder for what the client keeps for itself."),
+    ] = None,
+) -> None:
+    """Train on this machine's own data in a server's runs: a node's one command."""
+    from federa import progress
+    from federa.cli import split_words
+    from federa.config import load_config
+    from federa.experiment import resolve
+    from federa.flower.join import Server
+    from federa.flower.join import join as start
+
+    if (keys is None) != insecure:
+        raise FederaError(
+            "give --keys DIR (the server's owner has it), or --insecure to try it on this machine"
+        )
+    if insecure and client is None:
+        raise FederaError("--client: say which client this node is; without keys nothing else says it")
+    recipe, overrides = split_words(arguments or [])
+    console = progress.console()
+    try:
+        start(
+            resolve(load_config(recipe, overrides)),
+            Server(server, keys and keys / "ca.crt", keys and keys / "node.key"),
+            client=client,
+            state=state,
+            told=lambda line: console.print(line, highlight=False),
+        )
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

@@ -1,0 +1,136 @@
+"""`federa join`: a SuperNode, and beside it one process with the model that answers all its messages."""
+
+from __future__ import annotations
+
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from federa.config import RunConfig
+from federa.engines.base import keep_freed_memory, share_cores
+from federa.flower.node import Node
+from federa.flower.runtime import Link, await_port, free_port, node_tasks, require_flower, start, write_secret
+from federa.flower.serve import LOOPBACK, end
+from federa.types import FederaError
+
+RESTART_SECONDS = 3.0  # between a SuperNode's end and its next start
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """The server that a node joins.
+
+    Attributes:
+        address: host and port.
+        ca: the certificate that it must be signed by; None without TLS, which is for this machine only.
+        key: the node's private key.
+    """
+
+    address: str
+    ca: Path | None = None
+    key: Path | None = None
+
+    def arguments(self) -> list[str]:
+        """Return what a SuperNode must be told.
+
+        Raises:
+            FederaError: a file that is not there, or no TLS to another machine.
+        """
+        host = self.address.rpartition(":")[0]
+        if not host:
+            raise FederaError(f"SERVER: expected host:port, got {self.address!r}")
+        words = ["--superlink", self.address]
+        if self.ca is None:
+            if host not in LOOPBACK:
+                raise FederaError(f"--insecure is for this machine only, not for {self.address}")
+            return [*words, "--insecure"]
+        for option, path in (("--ca", self.ca), ("--key", self.key)):
+            if path is None or not path.is_file():
+                raise FederaError(f"{option}: {path or 'the file'} is not there; the server's owner has it")
+        return [*words, "--root-certificates", str(self.ca), "--auth-supernode-private-key", str(self.key)]
+
+
+def join(
+    config: RunConfig,
+    server: Server,
+    *,
+    client: int | None = None,
+    state: Path | None = None,
+    told: Callable[[str], None] = print,
+) -> None:
+    """Take part in a server's runs until this process is ended.
+
+    Args:
+        config: the owner's recipe, resolved; `data.train` is the client's own table.
+        server: whose runs.
+        client: the client's number, where nodes have no keys.
+        state: a folder for what the client keeps for itself; None for a temporary one.
+        told: is given a line about all that happens.
+
+    Raises:
+        FederaError: a mistake in the recipe, the table, or the files of the server.
+    """
+    require_flower()
+    words = server.arguments()
+    node = Node(config, client, state, told)
+    torch.set_num_threads(share_cores(1, config.engine.threads))
+    keep_freed_memory()
+    with ExitStack() as stack:
+        home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="federa-node-")))
+        secret_file, secret = write_secret(home)
+        port = free_port()
+        words += ["--host", "127.0.0.1", "--port", str(port), "--isolation", "process"]
+        words += ["--superexec-auth-secret-file", str(secret_file)]
+        keeper = _Keeper(words, port, home, told)
+        stack.callback(keeper.stop)
+        keeper.start()
+        told(f"joining {server.address}")
+        node_tasks(Link(f"127.0.0.1:{port}", secret), node.answer, lambda: True)
+
+
+class _Keeper:
+    """Keeps a SuperNode running: it ends when the server no longer knows it, or is told to by nobody."""
+
+    def __init__(self, words: list[str], port: int, home: Path, told: Callable[[str], None]) -> None:
+        self._words, self._port, self._home, self._told = words, port, home, told
+        self._log = home / "supernode.log"
+        self._process: subprocess.Popen[bytes] | None = None
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def start(self) -> None:
+        """Start it and see it come up.
+
+        Raises:
+            FederaError: it does not.
+        """
+        self._process = start("flower-supernode", self._words, self._log, self._home)
+        await_port(self._port, self._process, self._log)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End it for good."""
+        self._over.set()
+        if self._process is not None:
+            end(self._process)
+
+    def _watch(self) -> None:
+        while not self._over.wait(1.0):
+            assert self._process is not None
+            if self._process.poll() is None:
+                continue
+            self._told(f"{self._last_word()}; the SuperNode is started again")
+            time.sleep(RESTART_SECONDS)
+            if not self._over.is_set():
+                self._process = start("flower-supernode", self._words, self._log, self._home)
+
+    def _last_word(self) -> str:
+        lines = [line.strip() for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
+        return lines[-1][:200] if lines else "it ended without a word"

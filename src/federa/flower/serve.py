@@ -1,0 +1,170 @@
+"""`federa serve`: a SuperLink of one's own, the nodes that may join it, and the round loop."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from federa.checkpoint import RunDirectory
+from federa.config import RunConfig
+from federa.flower.certs import node_keys
+from federa.flower.federation import PATIENT, Federation, Patience
+from federa.flower.runtime import (
+    Control,
+    FlowerPost,
+    Link,
+    await_port,
+    free_port,
+    require_flower,
+    server_task,
+    start,
+    write_secret,
+)
+from federa.run import Observer, Result, run
+from federa.types import FederaError
+
+LOOPBACK = ("127.0.0.1", "localhost")
+MAX_REQUEST = 256 << 20  # bytes; a request carries one object of a message
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where a server listens, and what it shows.
+
+    Attributes:
+        host: of this machine; nodes elsewhere need one that they can reach.
+        port: the nodes'.
+        certs: the folder with ca.crt, server.crt, server.key and nodes/; None without TLS and keys, which
+            is for this machine only.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    certs: Path | None = None
+
+
+def serve(
+    config: RunConfig,
+    out: Path,
+    address: Address,
+    *,
+    clients: int | None = None,
+    patience: Patience = PATIENT,
+    resume: bool = False,
+    observer: Observer | None = None,
+    told: Callable[[str], None] = print,
+) -> Result:
+    """Run a recipe on the nodes that join, from the start or from the checkpoint in `out`.
+
+    Args:
+        config: the recipe; of its data the evaluation set alone is read.
+        out: the run directory.
+        address: where to listen.
+        clients: how many nodes there are, where they have no keys.
+        patience: how long to wait for whom.
+        resume: go on from the directory's checkpoint.
+        observer: is told how the rounds go.
+        told: is given a line about nodes that join, are missing, or are refused.
+
+    Raises:
+        FederaError: a mistake in the recipe, the keys or the directory, or a node that does not fit.
+    """
+    require_flower()
+    folder = RunDirectory(out)
+    if not resume and not folder.free:
+        raise FederaError(f"--out: {out} is there already; give another, or --resume to go on with it")
+    keys = _keys(address, clients)
+    held = (folder.read_json("partition.json") or {}).get("client_sizes") if resume else None
+    known = (folder.read_json("federation.json") or {}) if resume else {}
+    name = known.get("run") or uuid.uuid4().hex[:12]
+    number = known.get("clients") or clients or len(keys)
+    if keys and not held and sorted(keys) != list(range(number)):
+        lacks = min(set(range(max(keys) + 1)) - set(keys))
+        raise FederaError(f"{address.certs}/nodes has keys up to node-{max(keys)}, but none of node-{lacks}")
+    with ExitStack() as stack:
+        home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="federa-")))
+        link = stack.enter_context(superlink(address, home))
+        control = Control(link)
+        seats = {client: control.register(key, f"node-{client}") for client, key in keys.items()}
+        control.start_run()
+        post: FlowerPost = stack.enter_context(server_task(link))
+        told(f"listening at {address.host}:{address.port}, run {name}")
+        place = Federation(
+            post,
+            name,
+            number,
+            seats=seats or None,
+            patience=patience,
+            rows=held,
+            told=told,
+            built=lambda: folder.write_json("federation.json", {"run": name, "clients": number}),
+        )
+        return run(config, out, resume=resume, observer=observer, place=place)
+
+
+def _keys(address: Address, clients: int | None) -> dict[int, bytes]:
+    """Return the keys of the nodes that may join; none without TLS.
+
+    Raises:
+        FederaError: no TLS on an address that others reach, or files that are not there.
+    """
+    if address.certs is None:
+        if address.host not in LOOPBACK:
+            raise FederaError(f"--insecure is for this machine only, not for --host {address.host}")
+        if clients is None:
+            raise FederaError("--clients: say how many nodes there are; without keys nothing else says it")
+        return {}
+    for file in ("ca.crt", "server.crt", "server.key"):
+        if not (address.certs / file).is_file():
+            raise FederaError(f"--certs: {address.certs / file} is not there; make it with: federa certs")
+    return node_keys(address.certs)
+
+
+@contextmanager
+def superlink(address: Address, home: Path) -> Iterator[Link]:
+    """Start a SuperLink that this machine alone can reach, and with TLS the gateway to it."""
+    secret_file, secret = write_secret(home)
+    inner = address.port if address.certs is None else free_port()
+    log = home / "superlink.log"
+    words = ["--host", "127.0.0.1", "--port", str(inner), "--isolation", "process"]
+    words += ["--superexec-auth-secret-file", str(secret_file)]
+    if address.certs is None:
+        words.append("--insecure")
+    else:
+        server = address.certs
+        words += ["--ssl-certfile", str(server / "server.crt"), "--ssl-keyfile", str(server / "server.key")]
+        words += ["--ssl-ca-certfile", str(server / "ca.crt"), "--enable-supernode-auth"]
+    with ExitStack() as stack:
+        process = start("flower-superlink", words, log, home)
+        stack.callback(end, process)
+        await_port(inner, process, log)
+        if address.certs is not None:
+            gateway = _gateway(address, inner, home)
+            stack.callback(end, gateway)
+            await_port(address.port, gateway, home / "gateway.log", host=address.host)
+        yield Link(f"127.0.0.1:{inner}", secret, address.certs and address.certs / "ca.crt")
+
+
+def _gateway(address: Address, inner: int, home: Path) -> subprocess.Popen[bytes]:
+    certs = address.certs
+    assert certs is not None
+    words = ["-m", "federa.flower.gateway", "--host", address.host, "--port", str(address.port)]
+    words += ["--upstream", f"127.0.0.1:{inner}", "--limit", str(MAX_REQUEST), "--ca", str(certs / "ca.crt")]
+    words += ["--certificate", str(certs / "server.crt"), "--key", str(certs / "server.key")]
+    return start(Path(sys.executable).name, words, home / "gateway.log", home)
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a program that was started, gently at first."""
+    process.terminate()
+    try:
+        process.wait(timeout=5)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
