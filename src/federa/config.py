@@ -31,6 +31,7 @@ from federa.server_optimizers import SERVER_OPTIMIZERS, ServerOptimizer
 from federa.tasks import TASKS, Task
 from federa.trackers import TRACKERS
 from federa.types import FederaError
+from federa.wires import WIRES, Wire
 
 REGISTRIES: dict[str, Registry[Any]] = {
     "task": TASKS,
@@ -38,6 +39,7 @@ REGISTRIES: dict[str, Registry[Any]] = {
     "partition": PARTITIONERS,
     "aggregator": AGGREGATORS,
     "server_optimizer": SERVER_OPTIMIZERS,
+    "wire": WIRES,
     "engine": ENGINES,
 }
 
@@ -95,6 +97,9 @@ class RunConfig(BaseModel):
     )
     server_optimizer: Annotated[SerializeAsAny[ServerOptimizer], BeforeValidator(SERVER_OPTIMIZERS.parse)] = (
         Field(default="sgd", validate_default=True)
+    )
+    wire: Annotated[SerializeAsAny[Wire], BeforeValidator(WIRES.parse)] = Field(
+        default="fp32", validate_default=True
     )
     engine: Annotated[SerializeAsAny[Engine], BeforeValidator(ENGINES.parse)] = Field(
         default="serial", validate_default=True

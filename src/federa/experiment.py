@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from federa.client import Trainer, measured_precision
 from federa.config import RunConfig
@@ -81,6 +82,7 @@ class Experiment:
         parts: row numbers of each client, of whole examples.
         params: the round-0 state that travels.
         kept: what clients keep for themselves.
+        remainders: what rounding took away from their updates, where they keep that.
         labels: label names.
         groups: what the partition skews on.
         fingerprint: of the pretrained encoder.
@@ -98,6 +100,7 @@ class Experiment:
     parts: list[IntArray]
     params: State
     kept: KeptStates
+    remainders: KeptStates
     labels: list[str]
     groups: Groups
     fingerprint: str
@@ -253,6 +256,7 @@ def build_experiment(
         parts=parts,
         params=ready.params,
         kept=KeptStates(kept, ready.local),
+        remainders=remainders(config, ready.params, kept),
         labels=labels,
         groups=groups,
         fingerprint=loaded.fingerprint,
@@ -304,6 +308,12 @@ def prepare(config: RunConfig, loaded: Pretrained, init: State | None, cache: Pa
     trainer = Trainer(model, loaded.head, local, config.task, config.client)
     pack_all(model)
     return Prepared(trainer, params, {name: t for name, t in start.items() if name in local}, sizes)
+
+
+def remainders(config: RunConfig, params: State, kept: Path | None) -> KeptStates:
+    """Return where clients keep what rounding takes away from their updates: zeros at first."""
+    start = {n: torch.zeros_like(t) for n, t in params.items()} if config.wire.remembers else {}
+    return KeptStates(kept and kept / "wire", start)
 
 
 def encoded(config: RunConfig, table: Any, tokenizer: Any, labels: Sequence[str]) -> Encoded:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from federa.server import OK, finish_round, make_jobs
 from federa.state import load_state, num_bytes, write_atomically
 from federa.trackers import TRACKERS, require_trackers
 from federa.types import Absence, FederaError, Job, Record, ServerState, State, Update
+from federa.wires import Wired
 
 
 class Observer:
@@ -53,9 +54,12 @@ class Place:
         """Return the experiment of a recipe; the arguments are those of `build_experiment`."""
         return build_experiment(config, init, kept, base=base, cache=cache)
 
-    def open(self, experiment: Experiment) -> AbstractContextManager[Clients]:
+    @contextmanager
+    def open(self, experiment: Experiment) -> Iterator[Clients]:
         """Start what answers the jobs of a round, and stop it at the end of the block."""
-        return experiment.config.engine.open(experiment)
+        config = experiment.config
+        with config.engine.open(experiment) as session:
+            yield Wired(session, config.wire, experiment.remainders)
 
 
 HERE = Place()
@@ -270,7 +274,7 @@ def _rounds(loop: _Loop, state: ServerState) -> ServerState:
                 "rejected": rejected,
                 "verdicts": {str(client): v for client, v in sorted(summary.verdicts.items())},
                 "examples": summary.examples,
-                "bytes_up": num_bytes(state.params) * (len(summary.verdicts) - summary.absent),
+                "bytes_up": config.wire.size(state.params) * (len(summary.verdicts) - summary.absent),
                 "bytes_down": num_bytes(state.params) * len(jobs) + beside,
                 "seconds_train": summary.seconds_train,
                 "seconds_round": time.perf_counter() - began,

@@ -10,6 +10,7 @@ They need no test framework:
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -29,8 +30,10 @@ from federa.methods import METHODS, Method, Setup
 from federa.registry import C, Registry
 from federa.seeds import torch_seeded
 from federa.server_optimizers import SERVER_OPTIMIZERS, ServerOptimizer
+from federa.state import num_bytes
 from federa.tasks import TASKS, Classification, Task
-from federa.types import FloatArray, Job, State, Update
+from federa.types import FederaError, FloatArray, Job, State, Update
+from federa.wires import WIRES, Wire
 
 TOLERANCE = 1e-6
 LOGIT_TOLERANCE = 1e-5
@@ -89,6 +92,45 @@ def check_aggregator(aggregator: Aggregator) -> None:
     _check_same([params, *(update.delta for update in updates)], before)
     assert _refuses_nothing(aggregator, params), "finish() of an empty accumulator must raise ValueError"
     _check_config(aggregator, AGGREGATORS)
+
+
+def check_wire(wire: Wire) -> None:
+    """Check that a wire gives back what was sent to its rounding, and keeps what it takes away if it says so.
+
+    Raises:
+        AssertionError: what the wire broke.
+    """
+    params, delta = _state(seed=0, scale=1.0), _state(seed=1, scale=0.01)
+    before = _copy(delta)
+    sent = wire.encode(delta)
+    found = wire.decode(sent, params)
+    _check_like(found, params, "what is read")
+    assert list(found) == list(params), "what is read comes in another order than it is expected in"
+    for name, tensor in delta.items():
+        error = float((found[name] - tensor).abs().max())
+        assert error <= 0.01 * float(tensor.abs().max()), f"{name!r} comes back off by {error:g}"
+    assert num_bytes(sent) == wire.size(params), "size() does not say what is sent"
+    again = wire.encode(delta)
+    assert all(torch.equal(sent[name], again[name]) for name in sent), "the same update is sent differently"
+    spoilt = {name: torch.full_like(tensor, math.nan) for name, tensor in delta.items()}
+    try:
+        read = wire.decode(wire.encode(spoilt), params)
+        assert not all(t.isfinite().all() for t in read.values()), "NaN comes back as a number"
+    except FederaError:
+        pass
+    _check_same([delta], [before])
+    if wire.remembers:
+        total = {name: torch.zeros_like(t, dtype=torch.float64) for name, t in delta.items()}
+        kept = {name: torch.zeros_like(t) for name, t in delta.items()}
+        for _ in range(20):
+            whole = {name: t + kept[name] for name, t in delta.items()}
+            read = wire.decode(wire.encode(whole), params)
+            kept = {name: t - read[name] for name, t in whole.items()}
+            total = {name: t + read[name] for name, t in total.items()}
+        for name, tensor in delta.items():
+            error = float((total[name] / 20 - tensor).abs().max())
+            assert error <= 2e-3 * float(tensor.abs().max()), f"{name!r}: the error does not cancel"
+    _check_config(wire, WIRES)
 
 
 def check_server_optimizer(optimizer: ServerOptimizer) -> None:

@@ -18,7 +18,9 @@ from federa.testing import (
     check_partitioner,
     check_server_optimizer,
     check_task,
+    check_wire,
 )
+from federa.wires import WIRES
 
 REQUIRED = {"natural": {"column": "author"}}
 
@@ -41,6 +43,11 @@ def test_aggregators(name):
 @pytest.mark.parametrize("name", SERVER_OPTIMIZERS.names())
 def test_server_optimizers(name):
     check_server_optimizer(component(SERVER_OPTIMIZERS, name))
+
+
+@pytest.mark.parametrize("name", WIRES.names())
+def test_wires(name):
+    check_wire(component(WIRES, name))
 
 
 METHOD_FIELDS = {

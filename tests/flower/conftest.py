@@ -74,9 +74,7 @@ def federation(recipe, tmp_path):
         post = LocalPost(nodes)
         seats = dict(enumerate(ids))
         server = {**whole, "data": {"train": "elsewhere.csv", "test": str(test)}}
-        place = Federation(
-            post, "run-1", len(ids), seats=seats, patience=patience, rows=rows, told=told
-        )
+        place = Federation(post, "run-1", len(ids), seats=seats, patience=patience, rows=rows, told=told)
         return experiment, parse_config(server), place
 
     return make

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from federa.cli.federation import certs, join, serve, split
+from federa.cli.words import split_words
 from federa.types import FederaError, RoundFailedError
 
 if TYPE_CHECKING:
@@ -38,14 +39,6 @@ def main() -> None:
         raise SystemExit(1) from None
     except BrokenPipeError:
         raise SystemExit(1) from None
-
-
-def split_words(arguments: list[str]) -> tuple[Path | None, list[str]]:
-    """Return the recipe (an argument without an equals sign) and the overrides."""
-    recipes = [a for a in arguments if "=" not in a]
-    if len(recipes) > 1:
-        raise FederaError(f"one recipe at a time, got {', '.join(recipes)}; overrides are key=value")
-    return (Path(recipes[0]) if recipes else None), [a for a in arguments if "=" in a]
 
 
 def _free_folder(config: RunConfig) -> Path:

@@ -7,6 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
+from federa.cli.words import split_words
 from federa.types import FederaError
 
 Words = Annotated[
@@ -39,7 +40,6 @@ def split(
     to: Annotated[Path, typer.Option(help="The folder to write.")],
 ) -> None:
     """Write one data set as the tables of many clients, to try a federation on one machine."""
-    from federa.cli import split_words
     from federa.config import load_config
     from federa.split import split as write
 
@@ -77,7 +77,6 @@ def serve(
 ) -> None:
     """Run a recipe on the nodes that join: the server's one command."""
     from federa import progress
-    from federa.cli import split_words
     from federa.config import load_config
     from federa.flower.federation import Patience
     from federa.flower.serve import Address
@@ -133,7 +132,6 @@ def join(
 ) -> None:
     """Train on this machine's own data in a server's runs: a node's one command."""
     from federa import progress
-    from federa.cli import split_words
     from federa.config import load_config
     from federa.experiment import resolve
     from federa.flower.join import Server

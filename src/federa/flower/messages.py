@@ -7,6 +7,7 @@ not do what it is asked says why with `Refused`.
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
@@ -20,6 +21,7 @@ from federa.config import RunConfig
 from federa.types import FederaError, State
 
 PROTOCOL = 1  # of these messages; both sides must speak the same
+VERSION = importlib.metadata.version("federa")
 HEADER_BYTES = 1 << 20  # no header is longer
 
 
@@ -165,7 +167,13 @@ def agreed(config: RunConfig) -> dict[str, Any]:
     """Return what of a recipe server and nodes must have the same: not data, device and precision."""
     whole = config.model_dump(mode="json")
     client = {key: value for key, value in whole["client"].items() if key != "precision"}
-    return {"seed": whole["seed"], "task": whole["task"], "method": whole["method"], "client": client}
+    return {
+        "seed": whole["seed"],
+        "task": whole["task"],
+        "method": whole["method"],
+        "client": client,
+        "wire": whole["wire"],
+    }
 
 
 def difference(asked: Mapping[str, Any], own: Mapping[str, Any], prefix: str = "") -> str | None:

@@ -13,15 +13,15 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from federa import __version__
 from federa.client import Trainer
 from federa.config import RunConfig
 from federa.data.batches import Encoded
 from federa.data.datasets import read_client
-from federa.experiment import KeptStates, encoded, load_model, prepare
+from federa.experiment import KeptStates, encoded, load_model, prepare, remainders
 from federa.flower.messages import (
     INIT,
     PROTOCOL,
+    VERSION,
     Hello,
     Here,
     Refused,
@@ -34,6 +34,7 @@ from federa.flower.messages import (
 )
 from federa.models import Pretrained, require_base
 from federa.types import FederaError, Job
+from federa.wires import encode_update
 
 _log = logging.getLogger(__name__)
 Answer = tuple[bytes, bytes]
@@ -66,6 +67,7 @@ class Node:
         self._data: Encoded | None = None
         self._trainer: Trainer | None = None
         self._kept: KeptStates | None = None
+        self._remainders: KeptStates | None = None
         self._last: tuple[Train, Answer] | None = None
 
     def answer(self, header: bytes, tensors: bytes) -> Answer:
@@ -84,8 +86,8 @@ class Node:
             return pack(Refused(reason=f"failed: {type(error).__name__}"))
 
     def _greet(self, said: Hello) -> Answer:
-        if said.protocol != PROTOCOL or said.version != __version__:
-            raise FederaError(f"federa {__version__} here and {said.version} at the server; install the same")
+        if said.protocol != PROTOCOL or said.version != VERSION:
+            raise FederaError(f"federa {VERSION} here and {said.version} at the server; install the same")
         differs = difference(said.recipe, agreed(self._config))
         if differs is not None:
             raise FederaError(f"recipe: {differs}")
@@ -119,8 +121,8 @@ class Node:
             if not init and said.round > 1 and self._config.method.moves_base:
                 return pack(Refused(reason="no round-0 state yet", wants="init"))
             self._prepare({**params, **init})
-        trainer, data, kept = self._trainer, self._data, self._kept
-        assert trainer is not None and data is not None and kept is not None
+        trainer, data, kept, rounded = self._trainer, self._data, self._kept, self._remainders
+        assert trainer is not None and data is not None and kept is not None and rounded is not None
         self._require_shapes(trainer, params)
         job = Job(said.round, said.client, said.seed, said.lr)
         update, keeps = trainer.train(params, data, np.arange(len(data)), job, kept.load(job))
@@ -133,7 +135,7 @@ class Node:
             weight=update.weight,
             metrics=dict(update.metrics),
         )
-        self._last = (said, pack(done, update.delta))
+        self._last = (said, pack(done, encode_update(self._config.wire, update, rounded)))
         self._told(f"round {said.round}: loss {update.metrics['loss']:.4f}")
         return self._last[1]
 
@@ -143,6 +145,7 @@ class Node:
         ready = prepare(self._config, loaded, start)
         self._trainer = ready.trainer
         self._kept = KeptStates(self._kept_in, ready.local)
+        self._remainders = remainders(self._config, ready.params, self._kept_in)
 
     @staticmethod
     def _require_shapes(trainer: Trainer, params: dict[str, Tensor]) -> None:

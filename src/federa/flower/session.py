@@ -1,0 +1,168 @@
+"""A round over nodes: jobs go out, updates come back, and what is lost is asked for again."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from federa.experiment import Experiment
+from federa.flower.messages import INIT, Refused, Train, Trained, pack, unpack
+from federa.server import OK, verdict
+from federa.types import Absence, FederaError, FloatArray, IntArray, Job, State, Update
+
+if TYPE_CHECKING:
+    from federa.flower.federation import Federation, Reply, Seat
+
+SLACK_BYTES = 1 << 16  # of names and shapes, beside the tensors of an update
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A message on its way.
+
+    Attributes:
+        node: where to.
+        client: whose job it is; None for a hello.
+        sent: when.
+    """
+
+    node: int
+    client: int | None
+    sent: float
+
+
+@dataclass(slots=True)
+class _Round:
+    """What is still owed in a round.
+
+    Attributes:
+        params: the state that is sent.
+        open: jobs without an answer, by client.
+        asked: messages on their way, by ticket.
+        answers: what has come, by client.
+    """
+
+    params: State
+    open: dict[int, Job]
+    asked: dict[str, _Asked] = field(default_factory=dict)
+    answers: dict[int, Update | Absence] = field(default_factory=dict)
+
+
+class NodeSession:
+    """Answers a round's jobs from the nodes that hold the data; the server evaluates by itself."""
+
+    def __init__(self, federation: Federation, experiment: Experiment) -> None:
+        self._federation, self._experiment = federation, experiment
+
+    def predict(
+        self, params: State, batches: Sequence[IntArray], job: Job | None = None
+    ) -> Iterator[list[FloatArray]]:
+        """See `Session.predict`."""
+        return self._experiment.predict(params, batches, job)
+
+    def train(self, params: State, jobs: Sequence[Job]) -> Iterator[Update | Absence]:
+        """Yield the updates that come in time, in the order of the jobs, and why the others did not."""
+        patience, config = self._federation.patience, self._experiment.config
+        work = _Round(params, {job.client_id: job for job in jobs})
+        needed = max(1, math.ceil(config.min_success * len(jobs)))
+        end = time.monotonic() + patience.round
+        while work.open:
+            self._ask(work)
+            self._take(work)
+            over = time.monotonic() > end
+            if over and (patience.short == "fail" or self._counting(work) >= needed):
+                break
+            if work.open:
+                time.sleep(patience.poll)
+        for job in jobs:
+            yield work.answers.get(job.client_id) or Absence(job, "no answer by the end of the round")
+
+    def _counting(self, work: _Round) -> int:
+        limit = self._experiment.config.max_update_norm
+        return sum(
+            isinstance(answer, Update) and verdict(answer, work.params, limit) == OK
+            for answer in work.answers.values()
+        )
+
+    def _ask(self, work: _Round) -> None:
+        """Send jobs to nodes that can be reached and have none on its way, or one that may be lost."""
+        federation, now = self._federation, time.monotonic()
+        waits = {one.node for one in work.asked.values() if now - one.sent < federation.patience.ask_again}
+        online = federation.post.online() - waits
+        seats = {client: federation.seats[client] for client in work.open if client in federation.seats}
+        for client, seat in seats.items():
+            if seat.node in online:
+                ready = seat.ready
+                ticket = self._send(work, seat, work.open[client]) if ready else federation.greet(seat.node)
+                work.asked[ticket] = _Asked(seat.node, client if ready else None, now)
+        if not federation.assigned:  # a client may have come back under another id
+            for node in online - {seat.node for seat in federation.seats.values()}:
+                work.asked[federation.greet(node)] = _Asked(node, None, now)
+
+    def _send(self, work: _Round, seat: Seat, job: Job) -> str:
+        federation = self._federation
+        said = Train(run=federation.run, round=job.round, client=job.client_id, seed=job.seed, lr=job.lr)
+        state = dict(work.params)
+        if seat.wants_init:
+            state |= {f"{INIT}{name}": t for name, t in self._experiment.params.items()}
+        return federation.post.send(seat.node, *pack(said, state), federation.patience.round)
+
+    def _take(self, work: _Round) -> None:
+        """Take what has come."""
+        for reply in self._federation.post.collect(list(work.asked)):
+            asked = work.asked.pop(reply.ticket)
+            who = f"node {asked.node}" if asked.client is None else f"client {asked.client}"
+            if reply.error:
+                self._federation.told(f"{who}: {reply.error}; it is asked again")
+            elif asked.client is None:
+                self._seat(work, asked.node, reply)
+            elif asked.client in work.open:
+                self._answered(work, work.open[asked.client], reply)
+
+    def _seat(self, work: _Round, node: int, reply: Reply) -> None:
+        federation = self._federation
+        try:
+            federation.seat(node, reply)
+        except FederaError as error:
+            federation.told(str(error))
+            client = next((c for c, seat in federation.seats.items() if seat.node == node), None)
+            if client in work.open:
+                work.answers[client] = Absence(work.open.pop(client), str(error))
+
+    def _answered(self, work: _Round, job: Job, reply: Reply) -> None:
+        try:
+            answer = self._read(work, job, reply)
+        except FederaError as error:
+            answer = Absence(job, str(error))
+        if answer is None:
+            return
+        work.answers[job.client_id] = answer
+        del work.open[job.client_id]
+        if isinstance(answer, Absence):
+            self._federation.told(f"round {job.round}: client {job.client_id}: {answer.reason}")
+
+    def _read(self, work: _Round, job: Job, reply: Reply) -> Update | Absence | None:
+        """Return what a reply to a job is worth; None where the node is to be asked again."""
+        federation, seat = self._federation, self._federation.seats[job.client_id]
+        most = self._experiment.config.wire.size(work.params) + SLACK_BYTES
+        if len(reply.tensors) > most:
+            raise FederaError(f"an update of {len(reply.tensors)} bytes, more than {most}")
+        said, delta = unpack(reply.header, reply.tensors, Trained, Refused)
+        if isinstance(said, Refused):
+            if said.wants is None:
+                return Absence(job, f"refused: {said.reason}")
+            seat.ready, seat.wants_init = said.wants != "hello", said.wants == "init"
+            return None
+        if (said.run, said.round, said.client, said.seed) != (
+            federation.run,
+            job.round,
+            job.client_id,
+            job.seed,
+        ):
+            raise FederaError(f"an update of round {said.round} of run {said.run}, not of this job")
+        seat.wants_init = False
+        read = self._experiment.config.wire.decode(delta, work.params)
+        return Update(job, read, said.weight, said.metrics)
