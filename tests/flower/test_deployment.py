@@ -1,0 +1,199 @@
+"""A real federation on this machine: SuperLink, SuperNodes, TLS and keys, and a server that is killed."""
+
+import json
+import os
+import shutil
+import signal
+import ssl
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+
+from federa import run
+from federa.checkpoint import RunDirectory
+from federa.config import load_config, parse_config
+from federa.flower.certs import make_certificates
+from federa.flower.runtime import free_port
+from federa.split import split
+from running import same, steady
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+NODES = 3
+
+
+class Started:
+    """Programs of a test, each with its output in a file; all ended with it."""
+
+    def __init__(self, folder):
+        self.folder, self.processes = folder, {}
+
+    def start(self, name, *words):
+        path = self.folder / f"{name}.log"
+        with path.open("ab") as out:
+            self.processes[name] = subprocess.Popen(
+                [sys.executable, "-m", "federa.cli", *map(str, words)],
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+                cwd=self.folder,
+            )
+        return self.processes[name]
+
+    def log(self, name):
+        return (self.folder / f"{name}.log").read_text()
+
+    def logs(self):
+        return "\n".join(f"== {path.name}\n{path.read_text()[-1500:]}" for path in self.folder.glob("*.log"))
+
+    def until(self, true, seconds=180):
+        end = time.monotonic() + seconds
+        while not true():
+            if time.monotonic() > end:
+                pytest.fail(f"not in {seconds} s\n{self.logs()}")
+            time.sleep(0.2)
+
+    def end(self):
+        for process in self.processes.values():
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture()
+def programs(tmp_path):
+    started = Started(tmp_path)
+    yield started
+    started.end()
+
+
+@pytest.fixture()
+def parted(recipe, tmp_path):
+    """Clients' tables and the recipe of server and nodes, with the simulator's run of the whole."""
+    torch.set_num_threads(1)
+    recipe |= {"rounds": 5, "cohort": 2, "partition": {"name": "dirichlet", "clients": NODES, "alpha": 0.5}}
+    config = parse_config(recipe)
+    split(config, tmp_path / "shards")
+    return tmp_path / "shards", run(config)
+
+
+def post(port, path, ca, body=b"x"):
+    """Return the status of a request that comes from outside."""
+    request = urllib.request.Request(f"https://localhost:{port}{path}", data=body)
+    try:
+        with urllib.request.urlopen(request, context=ssl.create_default_context(cafile=ca)) as answer:
+            return answer.status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def test_a_federation_with_keys_gives_the_simulators_state_though_its_server_is_killed(
+    programs, parted, tmp_path
+):
+    shards, expected = parted
+    pki, out, port = tmp_path / "pki", tmp_path / "out", free_port()
+    make_certificates(pki, ["localhost"], NODES)
+    make_certificates(tmp_path / "other", ["localhost"], 1)  # another federation's
+    stranger = tmp_path / "stranger"  # the right CA, a key that nobody registered
+    shutil.copytree(tmp_path / "other" / "nodes" / "node-0", stranger)
+    shutil.copy(pki / "ca.crt", stranger / "ca.crt")
+    keys = {f"node-{number}": pki / "nodes" / f"node-{number}" for number in range(NODES)}
+    keys |= {"unknown-key": stranger, "other-ca": tmp_path / "other" / "nodes" / "node-0"}
+    serve = (
+        "serve",
+        shards / "recipe.yaml",
+        "--certs",
+        pki / "server",
+        "--host",
+        "localhost",
+        "--port",
+        port,
+    )
+    serve = (*serve, "--out", out, "--wait", 150, "--ask-again", 20)
+    programs.start("server", *serve)
+    for name, folder in keys.items():
+        table = shards / f"client-{name[-1] if name in list(keys)[:NODES] else 0}.parquet"
+        words = ("join", f"localhost:{port}", shards / "recipe.yaml", f"data.train={table}", "--keys", folder)
+        programs.start(name, *words)
+
+    def rounds():
+        return len(RunDirectory(out).records())
+
+    programs.until(lambda: "listening" in programs.log("server"))
+    ca = pki / "ca.crt"
+    for path in (
+        "/v1/control/list-runs",
+        "/v1/runtime/acquire-task",
+        "/docs",
+        "/v1/fleet/../control/list-runs",
+    ):
+        assert post(port, path, ca) == 404, "of a SuperLink the nodes' interface alone is to be seen"
+    assert post(port, "/v1/fleet/pull-messages", ca) in (400, 401, 415, 422)
+    with pytest.raises((ssl.SSLError, urllib.error.URLError), match="CERTIFICATE_VERIFY_FAILED"):
+        post(port, "/v1/fleet/pull-messages", tmp_path / "other" / "ca.crt")
+
+    programs.until(lambda: rounds() >= 2)
+    programs.processes["server"].send_signal(signal.SIGKILL)
+    programs.processes["server"].wait()
+    assert rounds() < 5, "killed too late to show anything"
+    again = programs.start("server", *serve, "--resume")
+    programs.until(lambda: again.poll() is not None)
+    assert again.returncode == 0, programs.logs()
+
+    folder = RunDirectory(out)
+    assert same(folder.load_checkpoint().params, expected.state.params)
+    assert steady(folder.records()) == steady(expected.records)
+    assert json.loads((out / "result.json").read_text())["final"] == expected.summary["final"]
+    for name in ("unknown-key", "other-ca"):
+        assert "round" not in programs.log(name), "it took part"
+        assert "the SuperNode is started again" in programs.log(name) or "federa:" in programs.log(name)
+    assert load_config(out / "config.yaml").wire.name == "fp32"
+    left = subprocess.run(["pgrep", "-fc", str(tmp_path)], capture_output=True, text=True, check=False)
+    assert int(left.stdout) >= len(keys), "the nodes go on"
+    for process in programs.processes.values():
+        process.send_signal(signal.SIGINT)
+    programs.until(lambda: all(process.poll() is not None for process in programs.processes.values()), 30)
+
+
+def test_mistakes_are_one_line(programs, parted, tmp_path):
+    shards, _ = parted
+    recipe = shards / "recipe.yaml"
+    cases = {
+        "neither": ("serve", recipe, "--out", tmp_path / "a"),
+        "elsewhere": (
+            "serve",
+            recipe,
+            "--insecure",
+            "--clients",
+            2,
+            "--host",
+            "0.0.0.0",
+            "--out",
+            tmp_path / "b",
+        ),
+        "no keys": ("serve", recipe, "--certs", tmp_path, "--out", tmp_path / "c"),
+        "how many": ("serve", recipe, "--insecure", "--out", tmp_path / "d"),
+        "no TLS": ("join", "example.org:8000", recipe, "--insecure", "--client", 0),
+        "who": ("join", "localhost:1", recipe, "--insecure"),
+        "no key": ("join", "localhost:1", recipe, "--keys", tmp_path / "nothing"),
+    }
+    expected = {
+        "neither": "give --certs DIR",
+        "elsewhere": "--insecure is for this machine only",
+        "no keys": "ca.crt is not there",
+        "how many": "--clients: say how many",
+        "no TLS": "--insecure is for this machine only",
+        "who": "--client: say which client",
+        "no key": "ca.crt is not there",
+    }
+    for name, words in cases.items():
+        programs.start(name, *words)
+    for name, process in programs.processes.items():
+        assert process.wait(timeout=120) == 2, programs.log(name)
+        (line,) = programs.log(name).strip().splitlines()
+        assert line.startswith("federa: ") and expected[name] in line
+    assert not [path for path in map(Path, "abcd") if (tmp_path / path).exists()]
