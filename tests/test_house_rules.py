@@ -22,6 +22,7 @@ LAYERS = [
         "aggregators",
         "server_optimizers",
         "trackers",
+        "privacy",
         "report",
     ),
     ("client", "server", "diagnostics"),

@@ -17,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from federa.aggregators import AGGREGATORS, Aggregator
+from federa.aggregators import AGGREGATORS, Aggregator, Mean
 from federa.client import ClientConfig
 from federa.data.datasets import EMBEDDED as EMBEDDED_DATA
 from federa.data.datasets import DataConfig
@@ -26,6 +26,7 @@ from federa.engines import ENGINES, Engine
 from federa.methods import METHODS, Method
 from federa.models import EMBEDDED as EMBEDDED_MODEL
 from federa.models import ModelConfig
+from federa.privacy import Privacy, require_accounting
 from federa.registry import Registry, explain, load_plugins, nearest
 from federa.server_optimizers import SERVER_OPTIMIZERS, ServerOptimizer
 from federa.tasks import TASKS, Task
@@ -98,6 +99,7 @@ class RunConfig(BaseModel):
     server_optimizer: Annotated[SerializeAsAny[ServerOptimizer], BeforeValidator(SERVER_OPTIMIZERS.parse)] = (
         Field(default="sgd", validate_default=True)
     )
+    privacy: Privacy | None = None
     wire: Annotated[SerializeAsAny[Wire], BeforeValidator(WIRES.parse)] = Field(
         default="fp32", validate_default=True
     )
@@ -110,6 +112,13 @@ class RunConfig(BaseModel):
         clients = self.partition.clients
         if clients is not None and self.cohort > clients:
             raise FederaError(f"cohort: {self.cohort} clients a round, but partition.clients is {clients}")
+        if self.privacy is not None:
+            require_accounting()
+            if self.aggregator != Mean(weighted=False):
+                raise FederaError(
+                    "privacy: the accounting holds for plain means only; set aggregator.name=mean "
+                    "aggregator.weighted=false"
+                )
         for name in self.track:
             if name not in TRACKERS:
                 raise FederaError(

@@ -8,7 +8,7 @@ import importlib.util
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -40,8 +40,9 @@ def explain(error: ValidationError, cls: type[BaseModel], prefix: str = "") -> s
         owner = cls
         for part in path[:-1]:  # down to the section that the key was given to
             annotation = owner.model_fields[part].annotation
-            if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-                owner = annotation
+            for kind in (annotation, *get_args(annotation)):  # the section's own, or that of `Section | None`
+                if isinstance(kind, type) and issubclass(kind, BaseModel):
+                    owner = kind
         fields = owner.model_fields
         return f"unknown key {key!r}{nearest(path[-1], fields)}; known: {', '.join(fields)}"
     message = first["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list")

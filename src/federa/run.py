@@ -268,6 +268,8 @@ def _rounds(loop: _Loop, state: ServerState) -> ServerState:
             every = config.evaluate_every
             if state.round == config.rounds or (every and state.round % every == 0):
                 record |= loop.evaluator.score(state.params, loop.reached)
+            if config.privacy is not None:
+                record["epsilon"] = config.privacy.epsilon(state.round, config.cohort, len(sizes))
             rejected = len(summary.verdicts) - summary.accepted
             record |= {
                 "clients": summary.accepted,

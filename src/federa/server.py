@@ -132,6 +132,8 @@ def finish_round(
         summary.seconds_train += seconds if math.isfinite(seconds) else 0.0
         if summary.verdicts[client] != OK:
             continue
+        if config.privacy is not None:
+            update = config.privacy.clipped(update)
         accumulator = config.aggregator.accumulate(accumulator, update)
         summary.examples += int(update.metrics.get("examples", update.weight))
         loss_sum += update.weight * update.metrics.get("loss", math.nan)
@@ -145,5 +147,8 @@ def finish_round(
         )
     summary.loss = loss_sum / weight_sum
     delta = config.aggregator.finish(accumulator)
+    if config.privacy is not None:
+        counted, number = summary.accepted, state.round + 1
+        delta = config.privacy.noised(delta, counted, len(jobs), config.seed, number)
     params, opt = config.server_optimizer.step(state.params, delta, state.opt)
     return ServerState(state.round + 1, params, opt), summary

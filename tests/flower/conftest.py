@@ -1,6 +1,8 @@
 """What the tests of federations share: clients' own tables, and a post that is a few calls in this process."""
 
+import functools
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -9,8 +11,10 @@ from federa.data.datasets import Table, read_splits
 from federa.experiment import build_experiment, resolve
 from federa.flower.federation import Federation, Patience, Reply
 from federa.flower.node import Node
+from small import small_recipe
 
 QUICK = Patience(start=20, round=20, ask_again=0.2, poll=0.01)
+THREE = {"rounds": 2, "cohort": 3, "partition": {"name": "iid", "clients": 3}}
 
 
 def shards(recipe, folder):
@@ -33,22 +37,44 @@ def node_config(recipe, path):
 
 
 class LocalPost:
-    """Nodes in this process; a test may take them off, or spoil what they say."""
+    """Nodes in this process; a test may take them off, or spoil what they say.
 
-    def __init__(self, nodes):
-        self.nodes = dict(nodes)
-        self.off, self.replies, self.sent, self.spoil, self.lose = set(), [], [], {}, {}
+    Attributes:
+        start: makes a node, by id.
+        nodes: those that run.
+        off: nodes that cannot be reached.
+        back: after how many looks a node can be reached again.
+        lose: how many messages to a node are lost; `lose_answers` those from it.
+        spoil: makes something else of the answers of a node.
+        sent: node and kind of every message.
+    """
+
+    def __init__(self, start):
+        self.start = dict(start)
+        self.nodes = {node: make() for node, make in self.start.items()}
+        self.off, self.back, self.replies, self.sent = set(), {}, [], []
+        self.spoil, self.lose, self.lose_answers = {}, {}, {}
+
+    def restart(self, node):
+        self.nodes[node] = self.start[node]()
+
+    def kinds(self, node):
+        return [kind for to, kind in self.sent if to == node]
 
     def online(self):
+        for node in self.off & self.back.keys():
+            self.back[node] -= 1
+        self.off -= {node for node, looks in self.back.items() if looks <= 0}
         return set(self.nodes) - self.off
 
     def send(self, node, header, tensors, seconds):
         ticket = str(len(self.sent))
-        self.sent.append((node, json.loads(header)["kind"], len(tensors)))
-        if self.lose.get(node, 0) > 0:
-            self.lose[node] -= 1
+        self.sent.append((node, json.loads(header)["kind"]))
+        if self._taken(self.lose, node):
             return ticket
         header, tensors = self.nodes[node].answer(header, tensors)
+        if self._taken(self.lose_answers, node):
+            return ticket
         if node in self.spoil:
             header, tensors = self.spoil[node](header, tensors)
         self.replies.append(Reply(ticket, header, tensors))
@@ -59,22 +85,63 @@ class LocalPost:
         self.replies = [reply for reply in self.replies if reply.ticket not in tickets]
         return ready
 
+    @staticmethod
+    def _taken(left, node):
+        left[node] = left.get(node, 0) - 1
+        return left[node] >= 0
+
 
 @pytest.fixture()
 def federation(recipe, tmp_path):
     """Return a function that makes a federation of the recipe's clients, as nodes of their own."""
 
-    def make(patience=QUICK, rows=None, told=lambda line: None, **changes):
+    def make(patience=None, told=lambda line: None, keys=True, keep=False, **changes):
         whole = {**recipe, **changes}
         folder = tmp_path / f"shards-{len(list(tmp_path.iterdir()))}"
         folder.mkdir()
         experiment, paths, test = shards(whole, folder)
-        ids = [1000 + 7 * number for number in range(len(paths))]
-        nodes = {i: Node(node_config(whole, path)) for i, path in zip(ids, paths, strict=True)}
-        post = LocalPost(nodes)
-        seats = dict(enumerate(ids))
+        start = {
+            1000 + 7 * number: functools.partial(
+                Node,
+                node_config(whole, path),
+                client=None if keys else number,
+                kept=folder / f"kept-{number}" if keep else None,
+            )
+            for number, path in enumerate(paths)
+        }
+        place = Federation(
+            LocalPost(start),
+            "run-1",
+            len(paths),
+            seats=dict(enumerate(start)) if keys else None,
+            patience=replace(QUICK, **(patience or {})),
+            told=told,
+        )
         server = {**whole, "data": {"train": "elsewhere.csv", "test": str(test)}}
-        place = Federation(post, "run-1", len(ids), seats=seats, patience=patience, rows=rows, told=told)
         return experiment, parse_config(server), place
+
+    return make
+
+
+@pytest.fixture()
+def three(federation):
+    """Return a function that makes a federation of three clients, two short rounds and LoRA, as it is quick."""
+
+    def make(patience=None, **changes):
+        return federation(patience, **{**THREE, "method": {"name": "lora", "rank": 4}, **changes})
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def one_client(encoder, train_csv, test_csv, tmp_path_factory):
+    """Return a function from a method's name to the experiment, and the recipe of the first of its clients."""
+
+    @functools.cache
+    def make(method):
+        whole = {**small_recipe(encoder("bert"), train_csv, test_csv), **THREE}
+        whole["method"] = {"name": method, "rank": 4}
+        experiment, paths, _ = shards(whole, tmp_path_factory.mktemp(method))
+        return experiment, node_config(whole, paths[0])
 
     return make

@@ -16,7 +16,16 @@ import torch
 from federa.config import RunConfig
 from federa.engines.base import keep_freed_memory, share_cores
 from federa.flower.node import Node
-from federa.flower.runtime import Link, await_port, free_port, node_tasks, require_flower, start, write_secret
+from federa.flower.runtime import (
+    SUPERNODE,
+    Link,
+    await_port,
+    free_port,
+    node_tasks,
+    require_flower,
+    start,
+    write_secret,
+)
 from federa.flower.serve import LOOPBACK, end
 from federa.types import FederaError
 
@@ -111,7 +120,7 @@ class _Keeper:
         Raises:
             FederaError: it does not.
         """
-        self._process = start("flower-supernode", self._words, self._log, self._home)
+        self._process = start(SUPERNODE, self._words, self._log, self._home)
         await_port(self._port, self._process, self._log)
         self._thread.start()
 
@@ -129,7 +138,7 @@ class _Keeper:
             self._told(f"{self._last_word()}; the SuperNode is started again")
             time.sleep(RESTART_SECONDS)
             if not self._over.is_set():
-                self._process = start("flower-supernode", self._words, self._log, self._home)
+                self._process = start(SUPERNODE, self._words, self._log, self._home)
 
     def _last_word(self) -> str:
         lines = [line.strip() for line in self._log.read_text(errors="replace").splitlines() if line.strip()]

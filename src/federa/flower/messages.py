@@ -173,6 +173,7 @@ def agreed(config: RunConfig) -> dict[str, Any]:
         "method": whole["method"],
         "client": client,
         "wire": whole["wire"],
+        "privacy": whole["privacy"],
     }
 
 

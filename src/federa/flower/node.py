@@ -127,6 +127,8 @@ class Node:
         job = Job(said.round, said.client, said.seed, said.lr)
         update, keeps = trainer.train(params, data, np.arange(len(data)), job, kept.load(job))
         kept.save(job, keeps)
+        if self._config.privacy is not None:  # the server's word for it is not needed
+            update = self._config.privacy.clipped(update)
         done = Trained(
             run=said.run,
             round=said.round,

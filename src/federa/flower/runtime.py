@@ -5,8 +5,8 @@ message. Here both are started with `--isolation process`: they hand tasks out o
 process that takes them, with a secret that only its user can read, runs what is installed here, with a
 resident model; the code in the app is never unpacked.
 
-That API has no public client. What of Flower is not public is imported in this file alone; `FLOWER` says
-which versions it is written for.
+That API has no public client. What of Flower is not public is imported in this file and `supernode.py` alone;
+`FLOWER` says which versions they are written for.
 """
 
 from __future__ import annotations
@@ -67,6 +67,9 @@ except ImportError as error:
     ) from error
 
 TENSORS = "federa.safetensors"
+SUPERLINK = (str(Path(sys.executable).parent / "flower-superlink"),)
+SUPERNODE = (sys.executable, "-m", "federa.flower.supernode")
+GATEWAY = (sys.executable, "-m", "federa.flower.gateway")
 TASK_POLL = 0.2  # seconds between looks for a task, on this machine
 
 
@@ -133,12 +136,11 @@ def write_secret(folder: Path) -> tuple[Path, bytes]:
     return path, secret
 
 
-def start(program: str, arguments: Sequence[str], log: Path, home: Path) -> subprocess.Popen[bytes]:
-    """Start one of Flower's programs, which ends with this process."""
-    path = Path(sys.executable).parent / program
+def start(program: Sequence[str], arguments: Sequence[str], log: Path, home: Path) -> subprocess.Popen[bytes]:
+    """Start one of the programs below, which ends with this process."""
     with log.open("ab") as out:
         return subprocess.Popen(
-            [str(path), *arguments],
+            [*program, *arguments],
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=subprocess.STDOUT,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
@@ -16,6 +15,8 @@ from federa.config import RunConfig
 from federa.flower.certs import node_keys
 from federa.flower.federation import PATIENT, Federation, Patience
 from federa.flower.runtime import (
+    GATEWAY,
+    SUPERLINK,
     Control,
     FlowerPost,
     Link,
@@ -141,7 +142,7 @@ def superlink(address: Address, home: Path) -> Iterator[Link]:
         words += ["--ssl-certfile", str(server / "server.crt"), "--ssl-keyfile", str(server / "server.key")]
         words += ["--ssl-ca-certfile", str(server / "ca.crt"), "--enable-supernode-auth"]
     with ExitStack() as stack:
-        process = start("flower-superlink", words, log, home)
+        process = start(SUPERLINK, words, log, home)
         stack.callback(end, process)
         await_port(inner, process, log)
         if address.certs is not None:
@@ -154,10 +155,10 @@ def superlink(address: Address, home: Path) -> Iterator[Link]:
 def _gateway(address: Address, inner: int, home: Path) -> subprocess.Popen[bytes]:
     certs = address.certs
     assert certs is not None
-    words = ["-m", "federa.flower.gateway", "--host", address.host, "--port", str(address.port)]
+    words = ["--host", address.host, "--port", str(address.port)]
     words += ["--upstream", f"127.0.0.1:{inner}", "--limit", str(MAX_REQUEST), "--ca", str(certs / "ca.crt")]
     words += ["--certificate", str(certs / "server.crt"), "--key", str(certs / "server.key")]
-    return start(Path(sys.executable).name, words, home / "gateway.log", home)
+    return start(GATEWAY, words, home / "gateway.log", home)
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
