@@ -101,7 +101,7 @@ def join(
         stack.callback(keeper.stop)
         keeper.start()
         told(f"joining {server.address}")
-        node_tasks(Link(f"127.0.0.1:{port}", secret), node.answer, lambda: True)
+        node_tasks(Link(f"127.0.0.1:{port}", secret), node.answer, told)
 
 
 class _Keeper:

@@ -324,7 +324,10 @@ def unpack(message: Message) -> tuple[bytes, bytes]:
 
 
 def node_tasks(
-    link: Link, answer: Callable[[bytes, bytes], tuple[bytes, bytes]], going_on: Callable[[], bool]
+    link: Link,
+    answer: Callable[[bytes, bytes], tuple[bytes, bytes]],
+    told: Callable[[str], None],
+    going_on: Callable[[], bool] = lambda: True,
 ) -> None:
     """Take a SuperNode's tasks one after the other, and answer them, for as long as it is to go on."""
     client = link.runtime()
@@ -334,8 +337,10 @@ def node_tasks(
             if found.token:
                 _answer_task(link, found.token, answer)
                 continue
-        except httpx.HTTPError:  # the SuperNode is being started again, or has lost its SuperLink
+        except httpx.HTTPError:  # the SuperNode is being started again
             time.sleep(1)
+        except Exception as error:  # whatever became of this one, the server asks again
+            told(f"a message was lost: {type(error).__name__}: {str(error)[:200]}")
         time.sleep(TASK_POLL)
     client.close()
 
