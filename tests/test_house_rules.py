@@ -41,6 +41,7 @@ LAYERS = [
         "recipe_edit",
         "split",
         "flower",
+        "clock",
     ),
     ("cli", "__init__"),
 ]
@@ -55,6 +56,7 @@ EDGES = {
     "recipe_edit": set(),
     "starter": set(),
     "split": set(),
+    "clock": set(),
     "flower": set(),
     "testing": set(),
 }

@@ -12,11 +12,15 @@ from safetensors.torch import load, save
 
 from federa.checkpoint import RunDirectory
 from federa.config import parse_config
+from federa.data.datasets import Table, read_table
 from federa.engines import Serial
+from federa.flower.federation import Federation
+from federa.flower.messages import Here, pack
+from federa.flower.node import Node
 from federa.run import Observer, run
 from federa.server import finish_round
 from federa.types import Absence, FederaError, RoundFailedError, ServerState
-from running import jobs_of, same, steady
+from running import jobs_of, same, short_reports, steady
 from small import TASKS, write_task
 
 LATE = "no answer by the end of the round"
@@ -505,7 +509,7 @@ def test_a_resumed_run_leaves_out_a_node_whose_rows_have_changed(three, tmp_path
 
 
 def test_a_second_run_on_the_same_nodes_is_the_first(three):
-    experiment, config, place = three(method={"name": "federa", "rank": 4})
+    _, config, place = three(method={"name": "federa", "rank": 4})
     first = run(config, place=place)
     check_equal(run(config, place=successor(place, run="run-2")), first)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from federa.cli.federation import certs, join, serve, split
+from federa.cli.federation import certs, join, serve, split, time_to_target
 from federa.cli.words import split_words
 from federa.types import FederaError, RoundFailedError
 
@@ -337,7 +337,7 @@ def init(
     print(f"{to} written; look with: federa run {to} --dry-run")
 
 
-for command in (certs, split, serve, join):
+for command in (time_to_target, certs, split, serve, join):
     app.command()(command)
 
 

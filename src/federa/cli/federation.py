@@ -48,6 +48,39 @@ def split(
     print(f"{to}: {len(sizes)} clients of {min(sizes)} to {max(sizes)} examples, test.parquet, recipe.yaml")
 
 
+def time_to_target(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that federa compare wrote.")],
+    *,
+    up: Annotated[float, typer.Option(help="Megabits a second to the server.")] = 10.0,
+    down: Annotated[float, typer.Option(help="Megabits a second from it.")] = 50.0,
+    latency: Annotated[float, typer.Option(help="Milliseconds one way.")] = 40.0,
+    speed: Annotated[
+        float, typer.Option(help="Of a client's machine, over the one that made the runs.")
+    ] = 1.0,
+    reference: Annotated[str, typer.Option(help="Of whose best the targets are shares.")] = "ft",
+) -> None:
+    """Show how long a comparison's methods take to a target on other machines and links."""
+    from rich.table import Table
+
+    from federa import clock, progress
+
+    if min(up, down, speed) <= 0 or latency < 0:
+        raise FederaError("--up, --down and --speed must be above 0, --latency not below")
+    device = clock.Device(up, down, latency, speed)
+    rows = clock.time_to_targets(clock.replay_comparison(folder, device), reference=reference)
+    clock.write_rows(folder, rows)
+    table = Table(
+        title=f"{up:g} Mbit/s up, {down:g} down, {latency:g} ms; {speed:g} times this machine's speed"
+    )
+    for header in clock.headers(reference):
+        table.add_column(header)
+    for row in rows:
+        table.add_row(*clock.shown(row))
+    console = progress.console()
+    console.print(table)
+    console.print(f"written: {folder}/time_to_target.csv, .md", highlight=False)
+
+
 def serve(
     arguments: Words = None,
     *,

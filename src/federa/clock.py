@@ -1,0 +1,240 @@
+"""Time to a target accuracy on other machines and links: finished runs, replayed on a clock.
+
+A round lasts as long as its slowest client: download, training, upload. What a client sends and trains is
+known from the run; how long training takes is what it took here, over the speed of the device. The server's
+own work is left out, and nothing overlaps.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from federa.checkpoint import RunDirectory
+from federa.config import RunConfig, parse_config, read_yaml
+from federa.server import make_jobs
+from federa.state import write_atomically
+from federa.types import FederaError, Record
+
+FRACTIONS = (0.8, 0.9, 0.95)
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A client's machine and its link.
+
+    Attributes:
+        up: megabits a second to the server.
+        down: megabits a second from it.
+        latency: milliseconds one way.
+        speed: how many times as fast as the machine that the runs were made on it trains.
+    """
+
+    up: float = 10.0
+    down: float = 50.0
+    latency: float = 40.0
+    speed: float = 1.0
+
+    def transfer(self, up: float, down: float) -> float:
+        """Return the seconds that so many bytes up and down take; two messages, each with its latency."""
+        return 8e-6 * (up / self.up + down / self.down) + 2e-3 * self.latency
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """Seconds of a run up to some round.
+
+    Attributes:
+        total: by the clock.
+        compute: of each round's slowest client.
+        transfer: of each round's slowest client.
+        waiting: a client's mean share of a round in which it had answered and others had not.
+    """
+
+    total: float = 0.0
+    compute: float = 0.0
+    transfer: float = 0.0
+    waiting: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """A finished run on a clock.
+
+    Attributes:
+        method: its name.
+        setting: what else it has in common with the runs that it is compared with.
+        seed: of the run.
+        scores: the metric by round, where it was evaluated.
+        spent: seconds up to the end of every round, from round 1.
+    """
+
+    method: str
+    setting: str
+    seed: int
+    scores: Mapping[int, float]
+    spent: Sequence[Spent]
+
+    def reach(self, target: float) -> tuple[int, Spent] | None:
+        """Return the first round evaluated at a target or above, and the seconds to its end, or None."""
+        found = next((number for number, score in self.scores.items() if score >= target), None)
+        return None if found is None else (found, self.spent[found - 1])
+
+
+def replay(folder: Path, device: Device, setting: str = "") -> Replay:
+    """Return a run directory's rounds as they would last on other machines.
+
+    Raises:
+        FederaError: no finished run.
+    """
+    run = RunDirectory(folder)
+    run.require()
+    config, summary, held = parse_config(read_yaml(run.config)), run.read_json("result.json"), None
+    held = run.read_json("partition.json")
+    if summary is None or held is None:
+        raise FederaError(f"{folder}: the run is not finished")
+    records = run.records()
+    metric = summary["metric"]
+    scores = {record["round"]: float(record[metric]) for record in records if metric in record}
+    spent = list(_spent(config, records, held["client_sizes"], summary, device))
+    return Replay(config.method.name, setting, config.seed, scores, spent)
+
+
+def _spent(
+    config: RunConfig,
+    records: Sequence[Record],
+    sizes: Sequence[int],
+    summary: Mapping[str, Any],
+    device: Device,
+) -> Iterator[Spent]:
+    each = statistics.median(r["seconds_train"] / r["examples"] for r in records if r["examples"])
+    whole, met = Spent(), set[int]()
+    for record in records:
+        jobs = make_jobs(config, record["round"], sizes)
+        up = record["bytes_up"] / max(1, record["clients"] + record["rejected"])
+        down = 4.0 * summary["travelling_parameters"]
+        times = []
+        for client in (job.client_id for job in jobs):
+            first = record["round"] > 1 and client not in met
+            transfer = device.transfer(up, down + (summary["start_bytes"] if first else 0))
+            times.append((each * _examples(config, sizes[client]) / device.speed, transfer))
+            met.add(client)
+        compute, transfer = max(times, key=sum)
+        last = compute + transfer
+        whole = Spent(
+            whole.total + last,
+            whole.compute + compute,
+            whole.transfer + transfer,
+            whole.waiting + statistics.fmean(last - sum(time) for time in times),
+        )
+        yield whole
+
+
+def _examples(config: RunConfig, size: int) -> int:
+    """Return how many examples a client of a size trains on in a round."""
+    client = config.client
+    examples = client.epochs * size
+    if client.max_steps is not None:
+        examples = min(examples, client.max_steps * client.batch_size)
+    return examples
+
+
+def replay_comparison(folder: Path, device: Device) -> list[Replay]:
+    """Return the finished runs of a comparison.
+
+    Raises:
+        FederaError: no comparison, or none of its runs is finished.
+    """
+    if not (folder / "cells.csv").is_file():
+        raise FederaError(f"{folder} is no comparison (it has no cells.csv)")
+    rows = list(csv.DictReader(io.StringIO((folder / "cells.csv").read_text())))
+    done = [row for row in rows if row["status"] == "done"]
+    if not done:
+        raise FederaError(f"{folder}: none of its runs is finished")
+    return [replay(folder / row["folder"], device, row["setting"]) for row in done]
+
+
+def time_to_targets(
+    replays: Sequence[Replay], fractions: Sequence[float] = FRACTIONS, reference: str = "ft"
+) -> list[dict[str, Any]]:
+    """Return a row for each setting, fraction and method: seconds to so much of the reference's best.
+
+    Each seed has its own target: that share of the best that the reference reached with it. Seconds are the
+    lower median over the seeds that reached it; where half or more did not, the method did not reach it.
+
+    Raises:
+        FederaError: the reference is not among the runs.
+    """
+    rows = []
+    for setting in dict.fromkeys(one.setting for one in replays):
+        own = [one for one in replays if one.setting == setting]
+        best = {one.seed: max(one.scores.values()) for one in own if one.method == reference}
+        if not best:
+            raise FederaError(f"{setting}: no run of {reference}, whose best the targets are shares of")
+        for fraction in fractions:
+            found = [
+                _row(setting, fraction, method, [one for one in own if one.method == method], best)
+                for method in dict.fromkeys(one.method for one in own)
+            ]
+            base = next(row["seconds"] for row in found if row["method"] == reference)
+            for row in found:
+                row["reference"] = reference
+                row["reduction"] = 1 - row["seconds"] / base if row["seconds"] is not None and base else None
+            rows += found
+    return rows
+
+
+def _row(
+    setting: str, fraction: float, method: str, runs: Sequence[Replay], best: Mapping[int, float]
+) -> dict[str, Any]:
+    runs = [one for one in runs if one.seed in best]
+    reached = [one.reach(fraction * best[one.seed]) for one in runs]
+    times = sorted((r for r in reached if r is not None), key=lambda r: r[1].total)
+    row: dict[str, Any] = {"setting": setting, "fraction": fraction, "method": method}
+    row |= {"reached": len(times), "seeds": len(runs)}
+    if 2 * len(times) <= len(runs):
+        return row | dict.fromkeys(("rounds", "seconds", "compute", "transfer", "waiting"))
+    rounds, spent = times[(len(times) - 1) // 2]
+    parts = {"compute": spent.compute, "transfer": spent.transfer, "waiting": spent.waiting}
+    return row | {"rounds": rounds, "seconds": spent.total, **parts}
+
+
+def write_rows(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write `time_to_target.csv` and `.md`."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(folder / "time_to_target.csv", out.getvalue().encode())
+    header = headers(rows[0]["reference"])
+    lines = [" | ".join(header), " | ".join("---" for _ in header)]
+    lines += [" | ".join(shown(row)) for row in rows]
+    write_atomically(folder / "time_to_target.md", "".join(f"| {line} |\n" for line in lines).encode())
+
+
+def headers(reference: str) -> tuple[str, ...]:
+    """Return the heads of the columns of `shown`."""
+    first = ("setting", f"of {reference}'s best", "method", "seeds", "rounds")
+    return (*first, "time", "compute", "transfer", f"less than {reference}")
+
+
+def shown(row: Mapping[str, Any]) -> list[str]:
+    """Return a row as people read it."""
+    words = [row["setting"], f"{row['fraction']:.0%}", row["method"], f"{row['reached']} of {row['seeds']}"]
+    if row["seconds"] is None:
+        return [*words, "not reached", "", "", "", ""]
+    times = [_duration(row[key]) for key in ("seconds", "compute", "transfer")]
+    less = row["reduction"]
+    return [*words, str(row["rounds"]), *times, "" if less is None or math.isnan(less) else f"{less:.1%}"]
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
