@@ -69,15 +69,17 @@ def time_to_target(
     device = clock.Device(up, down, latency, speed)
     rows = clock.time_to_targets(clock.replay_comparison(folder, device), reference=reference)
     clock.write_rows(folder, rows)
-    table = Table(
-        title=f"{up:g} Mbit/s up, {down:g} down, {latency:g} ms; {speed:g} times this machine's speed"
-    )
-    for header in clock.headers(reference):
-        table.add_column(header)
-    for row in rows:
-        table.add_row(*clock.shown(row))
     console = progress.console()
-    console.print(table)
+    words = f"{up:g} Mbit/s up, {down:g} down, {latency:g} ms; {speed:g} times this machine's speed"
+    console.print(words, highlight=False)
+    for setting in dict.fromkeys(row["setting"] for row in rows):
+        table = Table(title=setting, box=None, title_justify="left")
+        for header in clock.headers(reference)[1:]:
+            table.add_column(header)
+        for row in rows:
+            if row["setting"] == setting:
+                table.add_row(*clock.shown(row)[1:])
+        console.print(table)
     console.print(f"written: {folder}/time_to_target.csv, .md", highlight=False)
 
 
