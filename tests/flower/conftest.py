@@ -124,11 +124,12 @@ def federation(recipe, tmp_path):
 
 
 @pytest.fixture()
-def three(federation):
+def three(recipe, federation):
     """Return a function that makes a federation of three clients, two short rounds and LoRA, as it is quick."""
+    quick = {**THREE, "method": {"name": "lora", "rank": 4}, "client": {**recipe["client"], "max_steps": 3}}
 
     def make(patience=None, **changes):
-        return federation(patience, **{**THREE, "method": {"name": "lora", "rank": 4}, **changes})
+        return federation(patience, **{**quick, **changes})
 
     return make
 
