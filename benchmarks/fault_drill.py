@@ -187,8 +187,11 @@ class Drill:
         self.say(f"the SuperNode of node-{number} is killed")
         subprocess.run(["pkill", "-9", "-P", str(self.processes[f"node-{number}"].pid)], check=False)
 
-    def rounds(self) -> int:
-        return len(self.folder.records()) if self.folder.started else 0
+    def finished(self) -> list[Any]:
+        """Return the records of finished rounds: a line comes before its checkpoint, which finishes the round."""
+        if not self.folder.state.is_file():
+            return []
+        return self.folder.records()[: self.folder.load_checkpoint().round]
 
     def events(self) -> dict[int, Callable[[], None]]:
         """What happens when so many rounds are finished."""
@@ -214,7 +217,7 @@ class Drill:
             self.start(name)
         events, kept = self.events(), []
         while self.processes["server"].poll() is None:
-            records = self.folder.records() if self.folder.started else []
+            records = self.finished()
             assert records[: len(kept)] == kept[: len(records)], "a finished round was changed"
             assert len(records) >= len(kept), "a finished round was lost"
             for record in records[len(kept) :]:

@@ -197,3 +197,17 @@ def test_mistakes_are_one_line(programs, parted, tmp_path):
         (line,) = programs.log(name).strip().splitlines()
         assert line.startswith("federa: ") and expected[name] in line
     assert not [path for path in map(Path, "abcd") if (tmp_path / path).exists()]
+
+
+def test_a_server_whose_superlink_dies_says_so_and_ends(programs, parted, tmp_path):
+    shards, _ = parted
+    port, recipe, out = free_port(), shards / "recipe.yaml", tmp_path / "out"
+    words = ("--insecure", "--clients", NODES, "--port", port, "--out", out)
+    server = programs.start("server", "serve", recipe, *words)
+    programs.until(lambda: "waiting for" in programs.log("server"))
+    links = subprocess.run(["pgrep", "-P", str(server.pid)], capture_output=True, text=True, check=True)
+    os.kill(int(links.stdout.split()[0]), signal.SIGKILL)
+    programs.until(lambda: server.poll() is not None, 90)
+    assert server.returncode == 1
+    assert "federa: the SuperLink is gone" in programs.log("server")
+    assert "Traceback" not in programs.log("server")

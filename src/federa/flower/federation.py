@@ -196,15 +196,17 @@ class Federation(Place):
             FederaError: a node's recipe, model or data do not fit, or the time is over.
         """
         end = None if self.patience.start is None else time.monotonic() + self.patience.start
-        asked: dict[str, int] = {}  # the node, by ticket
+        asked: dict[str, tuple[int, float]] = {}  # the node and when it was asked, by ticket
         done: set[int] = set()
         said = ""
         while True:
-            for node in self.post.online() - done - set(asked.values()):
+            now = time.monotonic()
+            waits = {node for node, sent in asked.values() if now - sent < self.patience.ask_again}
+            for node in self.post.online() - done - waits:
                 if not self.assigned or any(seat.node == node for seat in self.seats.values()):
-                    asked[self.greet(node)] = node
+                    asked[self.greet(node)] = (node, now)
             for reply in self.post.collect(list(asked)):
-                node = asked.pop(reply.ticket)
+                node, _ = asked.pop(reply.ticket)
                 if not reply.error:
                     self.seat(node, reply)
                     done.add(node)

@@ -26,7 +26,7 @@ from typing import Any
 
 from federa.flower.federation import Reply
 from federa.machine import die_with_parent
-from federa.types import FederaError
+from federa.types import FederaError, RoundFailedError
 
 FLOWER = ("1.41", "1.42")
 SILENT = {
@@ -70,6 +70,7 @@ TENSORS = "federa.safetensors"
 SUPERLINK = (str(Path(sys.executable).parent / "flower-superlink"),)
 SUPERNODE = (sys.executable, "-m", "federa.flower.supernode")
 GATEWAY = (sys.executable, "-m", "federa.flower.gateway")
+GONE = 30.0  # seconds without an answer from a SuperLink on this machine
 TASK_POLL = 0.2  # seconds between looks for a task, on this machine
 
 
@@ -250,6 +251,7 @@ def server_task(link: Link, seconds: float = 60.0) -> Iterator[FlowerPost]:
 
     Raises:
         FederaError: the SuperLink has none.
+        RoundFailedError: the SuperLink went away.
     """
     client, end = link.runtime(), time.monotonic() + seconds
     while True:
@@ -261,6 +263,7 @@ def server_task(link: Link, seconds: float = 60.0) -> Iterator[FlowerPost]:
         time.sleep(TASK_POLL)
     client.close()
     grid = HttpGrid(link.address, link.ca is None, link.certificates, token=answer.token)
+    grid._retry_invoker.max_time = GONE  # for ever, left to itself
     runtime, status = grid._runtime_client, "failed"
     with _alive(runtime):
         task = runtime.PullTaskInput(PullTaskInputRequest())
@@ -270,6 +273,10 @@ def server_task(link: Link, seconds: float = 60.0) -> Iterator[FlowerPost]:
         try:
             yield FlowerPost(grid)
             status = "completed"
+        except httpx.HTTPError as error:
+            raise RoundFailedError(
+                f"the SuperLink is gone ({_reason(error)}); start the server again with --resume"
+            ) from error
         finally:
             with contextlib.suppress(httpx.HTTPError):
                 runtime.PushTaskOutput(PushTaskOutputRequest(sub_status=status, details=""))
