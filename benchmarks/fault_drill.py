@@ -188,7 +188,7 @@ class Drill:
         subprocess.run(["pkill", "-9", "-P", str(self.processes[f"node-{number}"].pid)], check=False)
 
     def finished(self) -> list[Any]:
-        """Return the records of finished rounds: a line comes before the checkpoint that finishes its round."""
+        """Return the finished rounds: a line comes before the checkpoint that finishes its round."""
         if not self.folder.state.is_file():
             return []
         return self.folder.records()[: self.folder.load_checkpoint().round]

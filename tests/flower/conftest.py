@@ -91,21 +91,33 @@ class LocalPost:
         return left[node] >= 0
 
 
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    """Return `shards`, once for every recipe."""
+    made = {}
+
+    def make(recipe):
+        key = json.dumps(recipe)
+        if key not in made:
+            made[key] = shards(recipe, tmp_path_factory.mktemp("shards"))
+        return made[key]
+
+    return make
+
+
 @pytest.fixture()
-def federation(recipe, tmp_path):
+def federation(recipe, sharded, tmp_path):
     """Return a function that makes a federation of the recipe's clients, as nodes of their own."""
 
     def make(patience=None, told=lambda line: None, keys=True, keep=False, **changes):
         whole = {**recipe, **changes}
-        folder = tmp_path / f"shards-{len(list(tmp_path.iterdir()))}"
-        folder.mkdir()
-        experiment, paths, test = shards(whole, folder)
+        experiment, paths, test = sharded(whole)
         start = {
             1000 + 7 * number: functools.partial(
                 Node,
                 node_config(whole, path),
                 client=None if keys else number,
-                kept=folder / f"kept-{number}" if keep else None,
+                kept=tmp_path / f"kept-{number}" if keep else None,
             )
             for number, path in enumerate(paths)
         }
@@ -135,14 +147,13 @@ def three(recipe, federation):
 
 
 @pytest.fixture(scope="module")
-def one_client(encoder, train_csv, test_csv, tmp_path_factory):
+def one_client(encoder, train_csv, test_csv, sharded):
     """Return a function from a method's name to the experiment, and the recipe of the first of its clients."""
 
-    @functools.cache
     def make(method):
         whole = {**small_recipe(encoder("bert"), train_csv, test_csv), **THREE}
         whole["method"] = {"name": method, "rank": 4}
-        experiment, paths, _ = shards(whole, tmp_path_factory.mktemp(method))
+        experiment, paths, _ = sharded(whole)
         return experiment, node_config(whole, paths[0])
 
     return make

@@ -1,6 +1,7 @@
 """A run over nodes is the simulator's run: the same cohorts, updates, checks and metrics, whatever happens to them."""
 
 import copy
+import functools
 import json
 import pickle
 import re
@@ -15,6 +16,7 @@ from federa.checkpoint import RunDirectory
 from federa.config import parse_config
 from federa.data.datasets import Table, read_table
 from federa.engines import Serial
+from federa.experiment import build_experiment
 from federa.flower.federation import Federation
 from federa.flower.messages import Here, pack
 from federa.flower.node import Node
@@ -39,9 +41,16 @@ class After(Observer):
             self.action()
 
 
-def simulated(experiment, absent=(), rounds=None):
+@functools.cache
+def simulator(config):
+    """Return what the simulator's run of a recipe gives."""
+    return run(config)
+
+
+@functools.cache
+def simulated(config, absent=frozenset(), rounds=None):
     """Return the last state and losses of the simulator, without the updates of some `(round, client)`."""
-    config, losses = experiment.config, []
+    experiment, losses = build_experiment(config), []
     state = ServerState(0, experiment.params, config.server_optimizer.init(experiment.params))
     with Serial(threads=1).open(experiment) as session:
         for number in range(1, (rounds or config.rounds) + 1):
@@ -54,9 +63,9 @@ def simulated(experiment, absent=(), rounds=None):
     return state, losses
 
 
-def check_simulated(result, experiment, absent=()):
-    """Require the simulator's state and losses, to the bit."""
-    state, losses = simulated(experiment, absent)
+def check_simulated(result, experiment, absent):
+    """Require the simulator's state and losses, to the bit, without some of the updates."""
+    state, losses = simulated(experiment.config, frozenset(absent))
     assert same(result.state.params, state.params)
     assert [record["loss"] for record in result.records] == losses
 
@@ -99,7 +108,7 @@ def test_tasks_whose_texts_are_several_rows(recipe, three, tmp_path, task, metho
     }
     experiment, config, place = three(**changes)
     assert len(experiment.train) > experiment.train.num_examples
-    check_equal(run(config, place=place), run(experiment.config))
+    check_equal(run(config, place=place), simulator(experiment.config))
 
 
 @pytest.mark.parametrize(
@@ -115,12 +124,12 @@ def test_tasks_whose_texts_are_several_rows(recipe, three, tmp_path, task, metho
 )
 def test_other_recipes(three, changes):
     experiment, config, place = three(**changes)
-    check_equal(run(config, place=place), run(experiment.config))
+    check_equal(run(config, place=place), simulator(experiment.config))
 
 
 def test_only_the_cohort_is_asked(three):
     experiment, config, place = three(cohort=1, rounds=4)
-    check_equal(run(config, place=place), run(experiment.config))
+    check_equal(run(config, place=place), simulator(experiment.config))
     asked = [node for node, kind in place.post.sent if kind == "train"]
     assert asked == [CLIENTS[jobs_of(experiment, number)[0].client_id] for number in range(1, 5)]
     assert len(set(asked)) > 1
@@ -130,7 +139,7 @@ def test_only_the_cohort_is_asked(three):
 def test_what_is_lost_on_the_way_is_asked_for_again(three, lost):
     experiment, config, place = three()
     place.built = lambda: getattr(place.post, lost).update({CLIENTS[1]: 1})
-    check_equal(run(config, place=place), run(experiment.config))
+    check_equal(run(config, place=place), simulator(experiment.config))
     assert place.post.kinds(CLIENTS[1]) == ["hello", "train", "train", "train"]
     assert place.post.kinds(CLIENTS[0]) == ["hello", "train", "train"]
 
@@ -139,7 +148,7 @@ def test_a_message_that_is_not_lost_is_not_asked_for_again(three):
     """Though it takes long: there are looks in between, and other nodes are off."""
     experiment, config, place = three({"ask_again": 1000})
     place.built = lambda: (place.post.off.add(CLIENTS[0]), place.post.back.update({CLIENTS[0]: 20}))
-    check_equal(run(config, place=place), run(experiment.config))
+    check_equal(run(config, place=place), simulator(experiment.config))
     assert all(place.post.kinds(node) == ["hello", "train", "train"] for node in CLIENTS)
 
 
@@ -150,13 +159,13 @@ def test_a_message_that_is_not_lost_is_not_asked_for_again(three):
 def test_a_hello_that_is_lost_is_said_again(three, lost):
     experiment, config, place = three({"start": 2})
     getattr(place.post, lost)[CLIENTS[1]] = 1
-    check_equal(run(config, place=place), run(experiment.config))
+    check_equal(run(config, place=place), simulator(experiment.config))
 
 
 def test_a_node_that_is_off_for_a_while_is_waited_for(three):
     experiment, config, place = three()
     place.built = lambda: (place.post.off.add(CLIENTS[2]), place.post.back.update({CLIENTS[2]: 30}))
-    check_equal(run(config, place=place), run(experiment.config))
+    check_equal(run(config, place=place), simulator(experiment.config))
 
 
 def test_a_node_that_stays_off_is_left_out_until_it_is_back(three):
@@ -178,7 +187,7 @@ def test_too_few_updates_fail_the_round_and_keep_the_last_state(three, tmp_path)
     with pytest.raises(RoundFailedError, match=f"round 2: 1 of 3 updates counted.*client 2: {LATE}"):
         run(config, tmp_path / "run", place=place, observer=after)
     kept = RunDirectory(tmp_path / "run").load_checkpoint()
-    assert kept.round == 1 and same(kept.params, simulated(experiment, rounds=1)[0].params)
+    assert kept.round == 1 and same(kept.params, simulated(experiment.config, rounds=1)[0].params)
 
 
 def off_past_the_end_of_the_round(place, *nodes):
@@ -192,7 +201,7 @@ def test_a_round_waits_until_enough_updates_have_come(three):
     experiment, config, place = three({"round": 0.1}, min_success=1.0)
     place.built = lambda: off_past_the_end_of_the_round(place, *CLIENTS[:2])
     found = run(config, place=place)
-    check_equal(found, run(experiment.config))
+    check_equal(found, simulator(experiment.config))
     assert found.records[0]["seconds_round"] > 0.3
 
 
@@ -350,7 +359,7 @@ def test_a_bad_answer_is_named_and_the_round_is_one_without_it(three, spoil, wor
 def test_a_node_that_is_started_again_changes_nothing(three, method):
     experiment, config, place = three(rounds=3, method={"name": method, "rank": 4})
     again = After(1, lambda: place.post.restart(CLIENTS[1]))
-    check_equal(run(config, place=place, observer=again), run(experiment.config))
+    check_equal(run(config, place=place, observer=again), simulator(experiment.config))
     wants_init = ["train"] if method == "federa" else []
     assert place.post.kinds(CLIENTS[1]) == ["hello", "train", "train", "hello", "train", *wants_init, "train"]
     assert place.post.kinds(CLIENTS[0]) == ["hello", *3 * ["train"]]
@@ -368,7 +377,7 @@ def test_a_node_that_is_started_again_while_it_trains_changes_nothing(three):
         return answer
 
     place.post.nodes[CLIENTS[1]] = SimpleNamespace(answer=lost_with_the_node)
-    check_equal(run(config, place=place), run(experiment.config))
+    check_equal(run(config, place=place), simulator(experiment.config))
     assert restarted
 
 
@@ -378,7 +387,7 @@ ROUNDED = {"method": {"name": "federa", "rank": 4}, "wire": {"name": "int8"}}
 def test_a_node_with_a_folder_keeps_what_rounding_took_away(three):
     experiment, config, place = three(keep=True, rounds=3, **ROUNDED)
     again = After(2, lambda: [place.post.restart(node) for node in CLIENTS])
-    check_equal(run(config, place=place, observer=again), run(experiment.config))
+    check_equal(run(config, place=place, observer=again), simulator(experiment.config))
 
 
 @pytest.mark.xfail(strict=True, reason="node._prepare: what was kept in one run is taken for another's")
@@ -386,7 +395,7 @@ def test_a_second_run_does_not_begin_with_what_the_first_kept(three):
     """The first had all clients in its first round; here some come later."""
     experiment, config, place = three(keep=True, rounds=3, cohort=1, **ROUNDED)
     run(config.replace(rounds=1, cohort=3), place=place)
-    check_equal(run(config, place=successor(place, run="run-2")), run(experiment.config))
+    check_equal(run(config, place=successor(place, run="run-2")), simulator(experiment.config))
 
 
 def fewer_rows(node, folder, count=50):
@@ -439,14 +448,14 @@ def test_a_run_starts_when_the_last_node_has_come(three):
     experiment, config, place = three(told=told.append)
     place.post.off.add(CLIENTS[1])
     place.post.back[CLIENTS[1]] = 30
-    check_equal(run(config, place=place), run(experiment.config))
+    check_equal(run(config, place=place), simulator(experiment.config))
     assert told == ["waiting for 1 of 3 nodes: 1"]
 
 
 def test_a_stranger_is_not_spoken_to_where_nodes_have_keys(three):
     experiment, config, place = three()
     place.post.nodes[9999] = place.post.nodes[CLIENTS[0]]
-    check_equal(run(config, place=place), run(experiment.config))
+    check_equal(run(config, place=place), simulator(experiment.config))
     assert not place.post.kinds(9999)
 
 
@@ -488,7 +497,7 @@ def test_a_run_that_was_cut_off_goes_on_as_if_nothing_had_been(three, tmp_path, 
         for node in CLIENTS:
             place.post.restart(node)
     found = run(config, out, place=successor(place, out), resume=True)
-    check_equal(found, run(experiment.config))
+    check_equal(found, simulator(experiment.config))
     assert steady(RunDirectory(out).records()) == steady(found.records)
     assert same(RunDirectory(out).load_checkpoint().params, found.state.params)
 
@@ -536,7 +545,7 @@ def test_without_keys_nodes_say_which_client_they_are(three):
     experiment, config, place = three(keys=False, method={"name": "federa", "rank": 4})
     nodes = place.post.nodes
     nodes[CLIENTS[0]], nodes[CLIENTS[2]] = nodes[CLIENTS[2]], nodes[CLIENTS[0]]
-    check_equal(run(config, place=place), run(experiment.config))
+    check_equal(run(config, place=place), simulator(experiment.config))
     assert [place.seats[client].node for client in range(3)] == CLIENTS[::-1]
 
 
@@ -557,7 +566,7 @@ def test_a_node_that_comes_back_under_another_id_keeps_its_seat(three, again):
         if again == "fresh":
             post.nodes[9999] = post.start[CLIENTS[1]]()
 
-    check_equal(run(config, place=place, observer=After(1, move)), run(experiment.config))
+    check_equal(run(config, place=place, observer=After(1, move)), simulator(experiment.config))
     assert place.seats[1].node == 9999 and place.clients == len(place.seats) == 3
 
 
@@ -569,7 +578,7 @@ def test_a_resumed_run_without_keys_finds_its_clients_again(three, tmp_path, mon
     post = place.post
     post.nodes = {9000 + client: post.start[node]() for client, node in enumerate(CLIENTS)}
     found = run(config, tmp_path / "run", place=successor(place, tmp_path / "run"), resume=True)
-    check_equal(found, run(experiment.config))
+    check_equal(found, simulator(experiment.config))
 
 
 @pytest.mark.xfail(strict=True, reason="NodeSession._ask: greets who was refused at every look, and says so")
@@ -589,7 +598,7 @@ def test_a_node_that_is_refused_is_not_greeted_at_every_look(three, tmp_path, mo
         post.nodes[9999] = fewer_rows(post.nodes.pop(CLIENTS[1]), tmp_path)
         monkeypatch.setattr(post, "online", look)
 
-    check_equal(run(config, place=place, observer=After(1, change)), run(experiment.config))
+    check_equal(run(config, place=place, observer=After(1, change)), simulator(experiment.config))
     assert 1 <= looks[29] <= 10 and told.count("client 1 had 80 rows before, and now 50") == looks[29]
 
 
