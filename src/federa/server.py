@@ -52,7 +52,7 @@ def _faults(update: Update, params: State, max_norm: float, max_weight: float) -
     """
     if set(update.delta) != set(params):
         strange = sorted(set(update.delta) ^ set(params))[0]
-        yield f"wrong keys ({strange!r} is {'missing' if strange in params else 'unknown'})"
+        yield f"wrong keys ({strange!r:.100} is {'missing' if strange in params else 'unknown'})"
     for name, tensor in update.delta.items():
         if tensor.shape != params[name].shape:
             yield f"wrong shape ({name!r}: {tuple(tensor.shape)}, expected {tuple(params[name].shape)})"

@@ -43,7 +43,7 @@ class LocalPost:
         start: makes a node, by id.
         nodes: those that run.
         off: nodes that cannot be reached.
-        back: after how many looks a node can be reached again.
+        back: after how many looks a node can be reached again; `slow` after how many it answers.
         lose: how many messages to a node are lost; `lose_answers` those from it.
         spoil: makes something else of the answers of a node.
         sent: node and kind of every message.
@@ -52,8 +52,9 @@ class LocalPost:
     def __init__(self, start):
         self.start = dict(start)
         self.nodes = {node: make() for node, make in self.start.items()}
-        self.off, self.back, self.replies, self.sent = set(), {}, [], []
+        self.off, self.back, self.slow, self.looks = set(), {}, {}, 0
         self.spoil, self.lose, self.lose_answers = {}, {}, {}
+        self.replies, self.sent = [], []
 
     def restart(self, node):
         self.nodes[node] = self.start[node]()
@@ -62,6 +63,7 @@ class LocalPost:
         return [kind for to, kind in self.sent if to == node]
 
     def online(self):
+        self.looks += 1
         for node in self.off & self.back.keys():
             self.back[node] -= 1
         self.off -= {node for node, looks in self.back.items() if looks <= 0}
@@ -77,13 +79,13 @@ class LocalPost:
             return ticket
         if node in self.spoil:
             header, tensors = self.spoil[node](header, tensors)
-        self.replies.append(Reply(ticket, header, tensors))
+        self.replies.append((self.looks + self.slow.get(node, 0), Reply(ticket, header, tensors)))
         return ticket
 
     def collect(self, tickets):
-        ready = [reply for reply in self.replies if reply.ticket in tickets]
-        self.replies = [reply for reply in self.replies if reply.ticket not in tickets]
-        return ready
+        ready = [one for one in self.replies if one[1].ticket in tickets and one[0] <= self.looks]
+        self.replies = [one for one in self.replies if one not in ready]
+        return [reply for _, reply in ready]
 
     @staticmethod
     def _taken(left, node):

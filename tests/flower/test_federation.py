@@ -18,7 +18,6 @@ from federa.data.datasets import Table, read_table
 from federa.engines import Serial
 from federa.experiment import build_experiment
 from federa.flower.federation import Federation
-from federa.flower.messages import Here, pack
 from federa.flower.node import Node
 from federa.run import Observer, run
 from federa.server import finish_round
@@ -144,22 +143,28 @@ def test_what_is_lost_on_the_way_is_asked_for_again(three, lost):
     assert place.post.kinds(CLIENTS[0]) == ["hello", "train", "train"]
 
 
-def test_a_message_that_is_not_lost_is_not_asked_for_again(three):
-    """Though it takes long: there are looks in between, and other nodes are off."""
+def test_a_slow_node_is_not_asked_again_too_soon(three):
     experiment, config, place = three({"ask_again": 1000})
-    place.built = lambda: (place.post.off.add(CLIENTS[0]), place.post.back.update({CLIENTS[0]: 20}))
+    place.post.slow[CLIENTS[0]] = 20
     check_equal(run(config, place=place), simulator(experiment.config))
     assert all(place.post.kinds(node) == ["hello", "train", "train"] for node in CLIENTS)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="Federation._gather: never says hello twice, so a lost one is waited for"
-)
+def test_what_a_slow_node_answers_twice_counts_once(three):
+    """Its late answers come in rounds in which nobody asks for them any more."""
+    experiment, config, place = three({"ask_again": 0.05}, rounds=3)
+    place.built = lambda: place.post.slow.update({CLIENTS[0]: 20})
+    check_equal(run(config, place=place), simulator(experiment.config))
+    assert place.post.kinds(CLIENTS[0]).count("train") > 3
+    assert place.post.kinds(CLIENTS[1]) == ["hello", *3 * ["train"]]
+
+
 @pytest.mark.parametrize("lost", ["lose", "lose_answers"])
 def test_a_hello_that_is_lost_is_said_again(three, lost):
-    experiment, config, place = three({"start": 2})
+    experiment, config, place = three()
     getattr(place.post, lost)[CLIENTS[1]] = 1
     check_equal(run(config, place=place), simulator(experiment.config))
+    assert place.post.kinds(CLIENTS[1]) == ["hello", "hello", "train", "train"]
 
 
 def test_a_node_that_is_off_for_a_while_is_waited_for(three):
@@ -211,11 +216,6 @@ def test_a_round_does_not_wait_for_more_than_enough(three):
     check_simulated(run(config, place=place), experiment, absent={(1, 0)})
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="NodeSession._counting: does not know the clients' sizes, so an update that weighs too much counts",
-    raises=RoundFailedError,
-)
 def test_an_update_that_will_not_count_is_not_enough(three):
     experiment, config, place = three({"round": 0.1}, min_success=0.6, rounds=1)
     place.post.spoil[CLIENTS[0]] = spoiling(lambda said, _: said.update(weight=1e6))
@@ -307,40 +307,28 @@ SPOILS = {
         "metric 'loss' is nan, not a finite number",
     ),
     "refusal": (replacing(b'{"kind": "refused", "reason": "no", "wants": null}'), "refused: no"),
-}
-UNMENDED = {
     "no loss": (
         spoiling(lambda said, _: said["metrics"].pop("loss")),
-        "loss",
-        "NodeSession._read: an update without a loss counts, and the round's loss is NaN",
+        ".*loss",
     ),
     "no such type": (
         with_tensors(f4()),
         "message: damaged",
-        "messages.unpack: KeyError for a type that torch has not; it ends the run",
     ),
     "long reason": (
         replacing(json.dumps({"kind": "refused", "reason": "x\n" * 9999}).encode()),
         "refused: x",
-        "messages.Refused: any text is taken for a line",
     ),
     "long name": (
         spoiling(lambda _, state: state.update({"x" * 9999: torch.zeros(1)})),
         "wrong keys",
-        "server.verdict, or Wire.decode: the name of a tensor goes into the line whole",
     ),
 }
 
 
 @pytest.mark.parametrize(
     ("spoil", "words"),
-    [
-        *(pytest.param(*case, id=name) for name, case in SPOILS.items()),
-        *(
-            pytest.param(*case[:2], id=name, marks=pytest.mark.xfail(strict=True, reason=case[2]))
-            for name, case in UNMENDED.items()
-        ),
-    ],
+    [pytest.param(*case, id=name) for name, case in SPOILS.items()],
 )
 def test_a_bad_answer_is_named_and_the_round_is_one_without_it(three, spoil, words):
     told = []
@@ -390,7 +378,6 @@ def test_a_node_with_a_folder_keeps_what_rounding_took_away(three):
     check_equal(run(config, place=place, observer=again), simulator(experiment.config))
 
 
-@pytest.mark.xfail(strict=True, reason="node._prepare: what was kept in one run is taken for another's")
 def test_a_second_run_does_not_begin_with_what_the_first_kept(three):
     """The first had all clients in its first round; here some come later."""
     experiment, config, place = three(keep=True, rounds=3, cohort=1, **ROUNDED)
@@ -440,7 +427,7 @@ def test_nodes_that_do_not_come_are_named(three):
     place.post.off.update(CLIENTS[1:])
     line = line_of(config, place)
     assert line == "waiting for 2 of 3 nodes: 1, 2, for longer than 0.3 s; start them and try again"
-    assert told == ["waiting for 3 of 3 nodes: 0, 1, 2", "waiting for 2 of 3 nodes: 1, 2"][-len(told) :]
+    assert told == ["waiting for 2 of 3 nodes: 1, 2"]
 
 
 def test_a_run_starts_when_the_last_node_has_come(three):
@@ -581,16 +568,15 @@ def test_a_resumed_run_without_keys_finds_its_clients_again(three, tmp_path, mon
     check_equal(found, simulator(experiment.config))
 
 
-@pytest.mark.xfail(strict=True, reason="NodeSession._ask: greets who was refused at every look, and says so")
 def test_a_node_that_is_refused_is_not_greeted_at_every_look(three, tmp_path, monkeypatch):
     """Its old table is back after 30 looks."""
-    told, looks = [], []
+    told, hellos = [], []
     experiment, config, place = three({"ask_again": 0.5}, keys=False, told=told.append, min_success=1.0)
     post, online = place.post, place.post.online
 
     def look():
-        looks.append(len(post.kinds(9999)))
-        if len(looks) == 30:
+        hellos.append(len(post.kinds(9999)))
+        if len(hellos) == 30:
             post.nodes[9999] = post.start[CLIENTS[1]]()
         return online()
 
@@ -599,20 +585,20 @@ def test_a_node_that_is_refused_is_not_greeted_at_every_look(three, tmp_path, mo
         monkeypatch.setattr(post, "online", look)
 
     check_equal(run(config, place=place, observer=After(1, change)), simulator(experiment.config))
-    assert 1 <= looks[29] <= 10 and told.count("client 1 had 80 rows before, and now 50") == looks[29]
+    assert 1 <= hellos[29] <= 10
+    assert told.count("client 1 had 80 rows before, and now 50") == hellos[29]
 
 
-@pytest.mark.xfail(strict=True, reason="Federation.seat: who says last which client it is takes the seat")
 def test_two_nodes_that_say_they_are_the_same_client_are_named(three):
-    _, config, place = three({"start": 0.5}, keys=False)
+    told = []
+    _, config, place = three({"start": 0.5}, keys=False, told=told.append)
     place.post.nodes[CLIENTS[1]] = Node(place.post.nodes[CLIENTS[1]]._config, 0)
-    assert "client 0" in line_of(config, place)
+    told.append(line_of(config, place))
+    assert any("client 0" in line and "1000" in line and "1007" in line for line in told)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="Federation.build: allots memory for as many rows as a node says", raises=MemoryError
-)
 def test_a_node_that_says_it_has_more_rows_than_there_can_be_is_a_line(three):
     _, config, place = three()
-    place.post.spoil[CLIENTS[1]] = lambda *_: pack(Here(client=1, rows=10**15))
+    told = json.dumps({"kind": "here", "client": 1, "rows": 10**15}).encode()
+    place.post.spoil[CLIENTS[1]] = lambda *_: (told, b"")
     assert "rows" in line_of(config, place)

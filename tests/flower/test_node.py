@@ -251,15 +251,8 @@ def test_a_state_that_does_not_fit_is_refused_and_leaves_nothing_behind(client, 
         "missing",
         "extra",
         "shape",
-        *(
-            pytest.param(
-                fault,
-                marks=pytest.mark.xfail(
-                    strict=True, reason="node._train: prepares the model before it checks the state"
-                ),
-            )
-            for fault in ("NaN", "Inf")
-        ),
+        "NaN",
+        "Inf",
     ],
 )
 def test_a_first_state_that_does_not_fit_leaves_nothing_behind(client, fault):
@@ -275,13 +268,8 @@ def test_a_first_state_that_does_not_fit_leaves_nothing_behind(client, fault):
     [
         "extra",
         "shape",
-        *(
-            pytest.param(fault, marks=pytest.mark.xfail(strict=True, reason=reason))
-            for fault, reason in {
-                "missing": "node._train: what the round-0 state lacks is taken from the current one",
-                "NaN": "node._require_shapes: does not look at the round-0 state",
-            }.items()
-        ),
+        "missing",
+        "NaN",
     ],
 )
 def test_a_round_0_state_that_does_not_fit_leaves_nothing_behind(one_client, fault):
@@ -322,12 +310,7 @@ def test_a_failure_is_told_by_its_kind_alone(lora, monkeypatch):
     "where",
     [
         "prepare",
-        pytest.param(
-            "KeptStates",
-            marks=pytest.mark.xfail(
-                strict=True, reason="node._prepare: sets the trainer before the rest is there"
-            ),
-        ),
+        "KeptStates",
     ],
 )
 def test_a_model_that_was_prepared_half_way_is_loaded_again(client, monkeypatch, where):
@@ -354,9 +337,6 @@ def test_whatever_is_asked_there_is_an_answer(lora, header):
     served(node, experiment, job(1), experiment.params)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="node.answer: raises where pack cannot write the reason", raises=ValueError
-)
 def test_text_that_cannot_be_written_is_answered(lora):
     """Half of a surrogate pair: JSON can say it, and a reason that repeats it is no UTF-8."""
     experiment, config = lora

@@ -23,6 +23,7 @@ from federa.flower.messages import (
     Here,
     Refused,
     agreed,
+    line,
     pack,
     unpack,
 )
@@ -240,13 +241,15 @@ class Federation(Place):
         client = next((c for c, seat in self.seats.items() if seat.node == node), None)
         if isinstance(said, Refused):
             who = f"node {node}" if client is None else f"client {client}"
-            raise FederaError(f"{who} cannot take part: {said.reason}")
+            raise FederaError(f"{who} cannot take part: {line(said.reason)}")
         if not self.assigned:
             client = said.client
             if client is None or not 0 <= client < self.clients:
                 raise FederaError(f"node {node} says that it is client {client}, of 0 to {self.clients - 1}")
         assert client is not None
         held = self.seats.get(client)
+        if held is not None and held.node != node and held.node in self.post.online():
+            raise FederaError(f"nodes {held.node} and {node} both say that they are client {client}")
         if held is not None and held.rows is not None and held.rows != said.rows:
             raise FederaError(f"client {client} had {held.rows} rows before, and now {said.rows}")
         if self._rows is not None and said.rows != self._rows[client]:

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -23,6 +22,7 @@ from federa.types import FederaError, State
 PROTOCOL = 1  # of these messages; both sides must speak the same
 VERSION = importlib.metadata.version("federa")
 HEADER_BYTES = 1 << 20  # no header is longer
+MAX_ROWS = 10_000_000  # of one client
 
 
 class _Said(BaseModel):
@@ -62,7 +62,7 @@ class Here(_Said):
 
     kind: Literal["here"] = "here"
     client: int | None
-    rows: Annotated[int, Field(ge=1)]
+    rows: Annotated[int, Field(ge=1, le=MAX_ROWS)]
 
 
 class Train(_Said):
@@ -147,20 +147,27 @@ def unpack(
         raise FederaError(f"message: a header of {len(header)} bytes")
     try:
         raw = json.loads(header)
+        json.dumps(raw, ensure_ascii=False).encode()  # half a surrogate pair can be said, and not be written
         kind = raw.get("kind") if isinstance(raw, dict) else None
         cls = KINDS.get(kind) if isinstance(kind, str) else None
         if cls is not one and cls is not other:
-            raise FederaError(f"message: {kind!r:.40} was not expected")
+            raise FederaError(f"message: {line(repr(kind), 40)} was not expected")
         said = one.model_validate(raw) if cls is one else other.model_validate(raw)
         return said, load(tensors) if tensors else {}
+    except FederaError:
+        raise
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
+        where = line(".".join(map(str, first["loc"])), 40)
         raise FederaError(f"message: {where}: {first['msg']}") from error
-    except (ValueError, SafetensorError, RecursionError) as error:
-        if isinstance(error, FederaError):
-            raise
+    except Exception as error:  # whatever a stranger's bytes do to those who read them
         raise FederaError(f"message: damaged ({type(error).__name__})") from error
+
+
+def line(text: str, most: int = 200) -> str:
+    """Return a stranger's text as part of a line: printable, and no longer than that."""
+    shown = "".join(c if c.isprintable() else " " for c in text[: most + 1])
+    return shown if len(shown) <= most else shown[: most - 1] + "\u2026"
 
 
 def agreed(config: RunConfig) -> dict[str, Any]:
@@ -169,6 +176,7 @@ def agreed(config: RunConfig) -> dict[str, Any]:
     client = {key: value for key, value in whole["client"].items() if key != "precision"}
     return {
         "seed": whole["seed"],
+        "model": {"train_pooler": whole["model"]["train_pooler"]},
         "task": whole["task"],
         "method": whole["method"],
         "client": client,

@@ -6,6 +6,7 @@ has installed, and what the server says of its own recipe must be the same.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,7 @@ from federa.flower.messages import (
     Trained,
     agreed,
     difference,
+    line,
     pack,
     unpack,
 )
@@ -112,6 +114,9 @@ class Node:
                 return answer  # the server did not get it
             if said.round <= before.round:
                 raise FederaError(f"round {said.round} is over: this node has answered round {before.round}")
+        for name, tensor in tensors.items():
+            if not bool(tensor.isfinite().all()):
+                raise FederaError(f"state: {line(repr(name))} holds NaN or Inf")
         params = {name: t for name, t in tensors.items() if not name.startswith(INIT)}
         init = {name.removeprefix(INIT): t for name, t in tensors.items() if name.startswith(INIT)}
         if self._trainer is None:
@@ -120,7 +125,7 @@ class Node:
                 return pack(Refused(reason="the model must be loaded again", wants="hello"))
             if not init and said.round > 1 and self._config.method.moves_base:
                 return pack(Refused(reason="no round-0 state yet", wants="init"))
-            self._prepare({**params, **init})
+            self._prepare(said.run, _start(params, init))
         trainer, data, kept, rounded = self._trainer, self._data, self._kept, self._remainders
         assert trainer is not None and data is not None and kept is not None and rounded is not None
         self._require_shapes(trainer, params)
@@ -141,13 +146,15 @@ class Node:
         self._told(f"round {said.round}: loss {update.metrics['loss']:.4f}")
         return self._last[1]
 
-    def _prepare(self, start: dict[str, Tensor]) -> None:
+    def _prepare(self, run: str, start: dict[str, Tensor]) -> None:
         loaded, self._loaded = self._loaded, None
         assert loaded is not None
         ready = prepare(self._config, loaded, start)
+        # A folder a run: what was kept in another one is none of this one's. The name is the server's word.
+        own = self._kept_in and self._kept_in / hashlib.sha256(run.encode()).hexdigest()[:16]
+        self._kept = KeptStates(own, ready.local)
+        self._remainders = remainders(self._config, ready.params, own)
         self._trainer = ready.trainer
-        self._kept = KeptStates(self._kept_in, ready.local)
-        self._remainders = remainders(self._config, ready.params, self._kept_in)
 
     @staticmethod
     def _require_shapes(trainer: Trainer, params: dict[str, Tensor]) -> None:
@@ -156,6 +163,16 @@ class Node:
         for name in {*own, *params} - {*trainer.local}:
             found = tuple(params[name].shape) if name in params else None
             if own.get(name) != found:
-                raise FederaError(f"state: {name!r} has shape {found}, expected {own.get(name)}")
-            if not bool(params[name].isfinite().all()):
-                raise FederaError(f"state: {name!r} holds NaN or Inf")
+                raise FederaError(f"state: {line(repr(name))} has shape {found}, expected {own.get(name)}")
+
+
+def _start(params: dict[str, Tensor], init: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the round-0 state: in round 1 the current one.
+
+    Raises:
+        FederaError: it is not of the same names.
+    """
+    if init and init.keys() != params.keys():
+        odd = sorted(init.keys() ^ params.keys())[0]
+        raise FederaError(f"state: the round-0 state and the current one differ in {line(repr(odd))}")
+    return init or params

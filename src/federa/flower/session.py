@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from federa.experiment import Experiment
-from federa.flower.messages import INIT, Refused, Train, Trained, pack, unpack
+from federa.flower.messages import INIT, Refused, Train, Trained, line, pack, unpack
 from federa.server import OK, verdict
 from federa.types import Absence, FederaError, FloatArray, IntArray, Job, State, Update
 
@@ -43,12 +43,14 @@ class _Round:
         open: jobs without an answer, by client.
         asked: messages on their way, by ticket.
         answers: what has come, by client.
+        refused: nodes that cannot take part, and when that was found.
     """
 
     params: State
     open: dict[int, Job]
     asked: dict[str, _Asked] = field(default_factory=dict)
     answers: dict[int, Update | Absence] = field(default_factory=dict)
+    refused: dict[int, float] = field(default_factory=dict)
 
 
 class NodeSession:
@@ -83,14 +85,17 @@ class NodeSession:
     def _counting(self, work: _Round) -> int:
         limit = self._experiment.config.max_update_norm
         return sum(
-            isinstance(answer, Update) and verdict(answer, work.params, limit) == OK
-            for answer in work.answers.values()
+            isinstance(answer, Update)
+            and verdict(answer, work.params, limit, self._federation.seats[client].rows or 0) == OK
+            for client, answer in work.answers.items()
         )
 
     def _ask(self, work: _Round) -> None:
         """Send jobs to nodes that can be reached and have none on its way, or one that may be lost."""
         federation, now = self._federation, time.monotonic()
-        waits = {one.node for one in work.asked.values() if now - one.sent < federation.patience.ask_again}
+        recent = now - federation.patience.ask_again
+        waits = {one.node for one in work.asked.values() if one.sent > recent}
+        waits |= {node for node, found in work.refused.items() if found > recent}
         online = federation.post.online() - waits
         seats = {client: federation.seats[client] for client in work.open if client in federation.seats}
         for client, seat in seats.items():
@@ -128,6 +133,7 @@ class NodeSession:
             federation.seat(node, reply)
         except FederaError as error:
             federation.told(str(error))
+            work.refused[node] = time.monotonic()
             client = next((c for c, seat in federation.seats.items() if seat.node == node), None)
             if client in work.open:
                 work.answers[client] = Absence(work.open.pop(client), str(error))
@@ -153,7 +159,7 @@ class NodeSession:
         said, delta = unpack(reply.header, reply.tensors, Trained, Refused)
         if isinstance(said, Refused):
             if said.wants is None:
-                return Absence(job, f"refused: {said.reason}")
+                return Absence(job, f"refused: {line(said.reason)}")
             seat.ready, seat.wants_init = said.wants != "hello", said.wants == "init"
             return None
         if (said.run, said.round, said.client, said.seed) != (
@@ -162,7 +168,9 @@ class NodeSession:
             job.client_id,
             job.seed,
         ):
-            raise FederaError(f"an update of round {said.round} of run {said.run}, not of this job")
+            raise FederaError(f"an update of round {said.round} of run {line(said.run, 40)}, not of this job")
         seat.wants_init = False
+        if "loss" not in said.metrics:
+            raise FederaError("an update without its loss")
         read = self._experiment.config.wire.decode(delta, work.params)
         return Update(job, read, said.weight, said.metrics)
