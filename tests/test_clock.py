@@ -20,6 +20,27 @@ def test_a_transfer_by_hand():
     assert Device(up=8, down=80, latency=25).transfer(up=0, down=0) == pytest.approx(0.05)
 
 
+def test_a_transfer_of_several_turns():
+    assert Device(up=8, down=80, latency=25, turns=5).transfer(up=0, down=0) == pytest.approx(0.25)
+
+
+def test_idle_seconds_are_a_rounds(recipe, tmp_path):
+    run(configure(recipe, rounds=3), tmp_path / "run")
+    busy, idle = (replay(tmp_path / "run", Device(idle=seconds)).spent for seconds in (0, 2))
+    assert [b.total - a.total for a, b in zip(busy, idle, strict=True)] == pytest.approx([2, 4, 6])
+    assert [a.compute for a in busy] == [b.compute for b in idle]
+
+
+def test_training_is_timed_anew(recipe, tmp_path):
+    for method in ("lora", "ft"):
+        run(configure(recipe, rounds=1, method__name=method), tmp_path / method)
+    found = clock.measure_compute({name: tmp_path / name for name in ("lora", "ft")}, repeats=3)
+    assert found.keys() == {"lora", "ft"}
+    assert all(1e-5 < seconds < 1 for seconds in found.values())
+    one, two = (replay(tmp_path / "lora", SLOW, compute=c).spent[-1].compute for c in (1.0, 2.0))
+    assert two == pytest.approx(2 * one)
+
+
 def test_a_round_lasts_as_long_as_its_slowest_client(recipe, tmp_path):
     config = configure(recipe, rounds=2, method__name="federa")
     result = run(config, tmp_path / "run")
@@ -110,7 +131,16 @@ def test_the_command_shows_and_writes_a_comparison(recipe, tmp_path, capsys):
     rows = list(csv.DictReader((tmp_path / "out" / "time_to_target.csv").open()))
     assert len(rows) == 2 * len(clock.FRACTIONS)
     assert (tmp_path / "out" / "time_to_target.md").read_text().count("\n") == 2 + len(rows)
+    words = ("--device", "phone", "--up", 2, "--idle", 1, "--turns", 5, "--measure")
+    assert federa("time-to-target", tmp_path / "out", *words) == 0
+    assert "2 Mbit/s up, 50 down, 40 ms; 0.3 times" in capsys.readouterr().out
+    later = list(csv.DictReader((tmp_path / "out" / "time_to_target.csv").open()))
+    assert all(
+        float(b["seconds"]) > float(a["seconds"]) for a, b in zip(rows, later, strict=True) if a["seconds"]
+    )
     assert federa("time-to-target", tmp_path / "out", "--up", 0) == 2
+    assert federa("time-to-target", tmp_path / "out", "--device", "toaster") == 2
+    assert "known: laptop, phone" in capsys.readouterr().err
     assert federa("time-to-target", tmp_path) == 2
     assert "is no comparison" in capsys.readouterr().err
 

@@ -1,10 +1,12 @@
 """Where the numbers of a run go beside its own files."""
 
 import json
+import struct
 
 import pytest
 
 from federa import FederaError, run
+from federa.run import Observer
 from federa.trackers import TRACKERS
 from running import configure, short_reports, tree
 
@@ -68,3 +70,80 @@ def test_a_package_that_is_missing_is_a_mistake_that_leaves_no_trace(recipe, tmp
     ):
         run(configure(recipe, track=[name]), tmp_path / "run")
     assert tree(tmp_path) == {}
+
+
+def halves(recipe, folder, tracker):
+    """Run two rounds, and go on for one more as after a crash; return what all three recorded."""
+    config = configure(recipe, rounds=3, client__max_steps=1, evaluate_every=3, track=[tracker])
+
+    class Stop(Observer):
+        def finished_round(self, record):
+            if record["round"] == 2:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(config, folder / "run", observer=Stop())
+    return run(None, folder / "run", resume=True).records
+
+
+def test_mlflow_goes_on_with_a_resumed_run(recipe, tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.chdir(tmp_path)
+    short_reports(monkeypatch)
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # what is newer wants a data base
+    mlflow.set_tracking_uri((tmp_path / "mlruns").as_uri())
+    records = halves(recipe, tmp_path, "mlflow")
+    (one,) = mlflow.search_runs(experiment_names=["federa"], output_format="list")
+    history = mlflow.MlflowClient().get_metric_history(one.info.run_id, "loss")
+    assert {m.step: m.value for m in history} == pytest.approx({r["round"]: r["loss"] for r in records})
+    assert one.info.status == "FINISHED"
+    assert one.data.metrics["accuracy"] == pytest.approx(records[-1]["accuracy"])
+
+
+def log_records(content):
+    """Yield the records of a log as LevelDB writes it, which W&B's files are behind seven bytes of their own."""
+    place, record = 7, b""
+    while place + 7 <= len(content):
+        left = 32768 - place % 32768
+        if left < 7:  # no room for a header in this block
+            place += left
+            continue
+        _, size, kind = struct.unpack_from("<IHB", content, place)
+        record += content[place + 7 : place + 7 + size]
+        place += 7 + size
+        if kind in (1, 4):  # whole, or the last part
+            yield record
+            record = b""
+
+
+def test_wandb_writes_what_can_be_synced_later(recipe, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    short_reports(monkeypatch)
+    records = halves(recipe, tmp_path, "wandb")
+    from wandb.proto import wandb_internal_pb2
+
+    found = {}
+    for path in sorted((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb")):
+        for data in log_records(path.read_bytes()):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(data)
+            items = {i.key or i.nested_key[0]: json.loads(i.value_json) for i in record.history.item}
+            if items:
+                found[items["_step"]] = items["loss"]
+    assert found == pytest.approx({r["round"]: r["loss"] for r in records})
+
+
+def test_trackio_keeps_the_numbers_on_this_machine(recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when it is imported
+    pytest.importorskip("trackio")
+    from trackio import sqlite_storage
+
+    monkeypatch.setattr(sqlite_storage, "TRACKIO_DIR", tmp_path / "trackio", raising=False)
+    short_reports(monkeypatch)
+    records = halves(recipe, tmp_path, "trackio")
+    storage = sqlite_storage.SQLiteStorage
+    (name,) = storage.get_runs("federa")
+    found = {log["step"]: log["loss"] for log in storage.get_logs("federa", name)}
+    assert found == pytest.approx({r["round"]: r["loss"] for r in records})

@@ -1,8 +1,8 @@
 """Time to a target accuracy on other machines and links: finished runs, replayed on a clock.
 
 A round lasts as long as its slowest client: download, training, upload. What a client sends and trains is
-known from the run; how long training takes is what it took here, over the speed of the device. The server's
-own work is left out, and nothing overlaps.
+known from the run; how long training takes is what it took here, over the speed of the device. Nothing
+overlaps. `benchmarks/shaped_links.py` holds this model beside real nodes on slow links.
 """
 
 from __future__ import annotations
@@ -16,11 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 from federa.checkpoint import RunDirectory
 from federa.config import RunConfig, parse_config, read_yaml
+from federa.experiment import build_experiment
 from federa.server import make_jobs
 from federa.state import write_atomically
-from federa.types import FederaError, Record
+from federa.types import FederaError, Job, Record
 
 FRACTIONS = (0.8, 0.9, 0.95)
 
@@ -34,16 +38,30 @@ class Device:
         down: megabits a second from it.
         latency: milliseconds one way.
         speed: how many times as fast as the machine that the runs were made on it trains.
+        turns: requests and answers of a job, one after the other; each costs twice the latency.
+        idle: seconds of a round in which nobody trains or sends: the server's work, a middleware's polling.
     """
 
     up: float = 10.0
     down: float = 50.0
     latency: float = 40.0
     speed: float = 1.0
+    turns: int = 1
+    idle: float = 0.0
 
     def transfer(self, up: float, down: float) -> float:
-        """Return the seconds that so many bytes up and down take; two messages, each with its latency."""
-        return 8e-6 * (up / self.up + down / self.down) + 2e-3 * self.latency
+        """Return the seconds that so many bytes up and down take."""
+        return 8e-6 * (up / self.up + down / self.down) + 2e-3 * self.latency * self.turns
+
+
+# Assumptions to start from, not measurements. A link is a stated one; `speed` is over one thread of the
+# machine of docs/performance.md, whose step runs at 0.2 TFLOP/s: an AGX Orin's data sheet has 5.3 TFLOP/s
+# (fp32, 2048 cores at 1.3 GHz), of which 30 % are taken; a phone is taken for a third of that thread.
+DEVICES = {
+    "laptop": Device(up=20.0, down=100.0, latency=20.0, speed=1.0),
+    "phone": Device(up=10.0, down=50.0, latency=40.0, speed=0.3),
+    "jetson-agx-orin": Device(up=10.0, down=50.0, latency=40.0, speed=8.0),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,22 +105,31 @@ class Replay:
         return None if found is None else (found, self.spent[found - 1])
 
 
-def replay(folder: Path, device: Device, setting: str = "") -> Replay:
+def replay(folder: Path, device: Device, setting: str = "", compute: float | None = None) -> Replay:
     """Return a run directory's rounds as they would last on other machines.
+
+    Args:
+        folder: of the run.
+        device: of every client.
+        setting: what the run has in common with others.
+        compute: seconds of training an example; None for what the run itself took, beside whatever else was
+            running then.
 
     Raises:
         FederaError: no finished run.
     """
     run = RunDirectory(folder)
     run.require()
-    config, summary, held = parse_config(read_yaml(run.config)), run.read_json("result.json"), None
+    config, summary = parse_config(read_yaml(run.config)), run.read_json("result.json")
     held = run.read_json("partition.json")
     if summary is None or held is None:
         raise FederaError(f"{folder}: the run is not finished")
     records = run.records()
     metric = summary["metric"]
     scores = {record["round"]: float(record[metric]) for record in records if metric in record}
-    spent = list(_spent(config, records, held["client_sizes"], summary, device))
+    if compute is None:
+        compute = statistics.median(r["seconds_train"] / r["examples"] for r in records if r["examples"])
+    spent = list(_spent(config, records, held["client_sizes"], summary, device, each=compute))
     return Replay(config.method.name, setting, config.seed, scores, spent)
 
 
@@ -112,8 +139,9 @@ def _spent(
     sizes: Sequence[int],
     summary: Mapping[str, Any],
     device: Device,
+    *,
+    each: float,
 ) -> Iterator[Spent]:
-    each = statistics.median(r["seconds_train"] / r["examples"] for r in records if r["examples"])
     whole, met = Spent(), set[int]()
     for record in records:
         jobs = make_jobs(config, record["round"], sizes)
@@ -128,7 +156,7 @@ def _spent(
         compute, transfer = max(times, key=sum)
         last = compute + transfer
         whole = Spent(
-            whole.total + last,
+            whole.total + last + device.idle,
             whole.compute + compute,
             whole.transfer + transfer,
             whole.waiting + statistics.fmean(last - sum(time) for time in times),
@@ -145,8 +173,40 @@ def _examples(config: RunConfig, size: int) -> int:
     return examples
 
 
-def replay_comparison(folder: Path, device: Device) -> list[Replay]:
-    """Return the finished runs of a comparison.
+def measure_compute(folders: Mapping[str, Path], repeats: int = 5) -> dict[str, float]:
+    """Return the seconds of training an example, by name: jobs of four steps in turns, on one thread.
+
+    What finished runs took is of no use to compare methods by where other work ran beside some of them.
+
+    Args:
+        folders: a finished run of every name.
+        repeats: of each; the median counts. One more comes first, and does not.
+
+    Raises:
+        FederaError: a run whose recipe or data are no longer what they were.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    times: dict[str, list[float]] = {name: [] for name in folders}
+    experiments = {}
+    try:
+        for name, folder in folders.items():
+            config = parse_config(read_yaml(RunDirectory(folder).config))
+            client = config.client.model_copy(update={"max_steps": 4})
+            experiments[name] = build_experiment(config.model_copy(update={"client": client}))
+        for repeat in range(repeats + 1):
+            for name, one in experiments.items():
+                largest = int(np.argmax([len(rows) for rows in one.parts]))
+                job = Job(repeat, largest, repeat, one.config.client.lr or 0.0)
+                update, _ = one.trainer.train(one.params, one.train, one.parts[largest], job)
+                times[name].append(update.metrics["seconds_train"] / update.metrics["examples"])
+    finally:
+        torch.set_num_threads(threads)
+    return {name: statistics.median(found[1:]) for name, found in times.items()}
+
+
+def replay_comparison(folder: Path, device: Device, *, measure: bool = False) -> list[Replay]:
+    """Return the finished runs of a comparison; with `measure` their training is timed anew, in turns.
 
     Raises:
         FederaError: no comparison, or none of its runs is finished.
@@ -157,7 +217,14 @@ def replay_comparison(folder: Path, device: Device) -> list[Replay]:
     done = [row for row in rows if row["status"] == "done"]
     if not done:
         raise FederaError(f"{folder}: none of its runs is finished")
-    return [replay(folder / row["folder"], device, row["setting"]) for row in done]
+    kinds = {f"{row['setting']}|{row['method']}": folder / row["folder"] for row in done}
+    compute = measure_compute(kinds) if measure else {}
+    return [
+        replay(
+            folder / row["folder"], device, row["setting"], compute.get(f"{row['setting']}|{row['method']}")
+        )
+        for row in done
+    ]
 
 
 def time_to_targets(

@@ -109,8 +109,14 @@ class MLflow:
         import mlflow
 
         self._mlflow = mlflow
-        mlflow.set_experiment(PROJECT)
-        self._run = mlflow.start_run(run_name=_name(folder))
+        experiment = mlflow.set_experiment(PROJECT)
+        found = mlflow.search_runs(
+            [experiment.experiment_id], f"tags.`federa.run` = '{_id(folder)}'", output_format="list"
+        )
+        if found:  # a resumed run goes on
+            self._run = mlflow.start_run(run_id=found[0].info.run_id)
+        else:
+            self._run = mlflow.start_run(run_name=_name(folder), tags={"federa.run": _id(folder)})
 
     def log(self, record: Record) -> None:
         """Log the numbers of the record at its round."""

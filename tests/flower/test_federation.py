@@ -150,13 +150,48 @@ def test_a_slow_node_is_not_asked_again_too_soon(three):
     assert all(place.post.kinds(node) == ["hello", "train", "train"] for node in CLIENTS)
 
 
-def test_what_a_slow_node_answers_twice_counts_once(three):
+class Order(Observer):
+    def __init__(self):
+        self.clients = []
+
+    def updated(self, update, of):
+        self.clients.append(update.job.client_id)
+
+
+def test_what_a_slow_node_answers_twice_counts_once_and_in_its_turn(three):
     """Its late answers come in rounds in which nobody asks for them any more."""
-    experiment, config, place = three({"ask_again": 0.05}, rounds=3)
-    place.built = lambda: place.post.slow.update({CLIENTS[0]: 20})
-    check_equal(run(config, place=place), simulator(experiment.config))
-    assert place.post.kinds(CLIENTS[0]).count("train") > 3
-    assert place.post.kinds(CLIENTS[1]) == ["hello", *3 * ["train"]]
+    experiment, config, place = three(
+        {"ask_again": 0.05}, rounds=3, partition={"name": "dirichlet", "clients": 3, "alpha": 0.5}
+    )
+    first, *others = [job.client_id for job in jobs_of(experiment)]
+    assert [first, *others] != sorted([first, *others])
+    place.built = lambda: place.post.slow.update({CLIENTS[first]: 20})
+    order = Order()
+    check_equal(run(config, place=place, observer=order), simulator(experiment.config))
+    assert order.clients == 3 * [first, *others]
+    assert place.post.kinds(CLIENTS[first]).count("train") > 3
+    assert place.post.kinds(CLIENTS[others[0]]) == ["hello", *3 * ["train"]]
+
+
+def test_updates_are_handed_on_while_others_are_awaited(three):
+    """A server keeps those alone whose turn has not come."""
+    experiment, config, place = three({"ask_again": 1000}, rounds=1)
+    *_, last = [job.client_id for job in jobs_of(experiment)]
+    begun = []
+
+    class Looks(Order):
+        def updated(self, update, of):
+            super().updated(update, of)
+            self.looks = [*getattr(self, "looks", []), place.post.looks - begun[0]]
+
+    def built():
+        begun.append(place.post.looks)
+        place.post.slow[CLIENTS[last]] = 20
+
+    place.built, order = built, Looks()
+    check_equal(run(config, place=place, observer=order), simulator(experiment.config))
+    assert order.clients[-1] == last
+    assert all(looks < 10 for looks in order.looks[:-1]) and order.looks[-1] >= 20
 
 
 @pytest.mark.parametrize("lost", ["lose", "lose_answers"])

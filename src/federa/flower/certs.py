@@ -22,6 +22,7 @@ from federa.types import FederaError
 
 try:
     from cryptography import x509
+    from cryptography.exceptions import InvalidSignature
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
     from cryptography.x509.oid import NameOID
@@ -70,6 +71,39 @@ def make_certificates(folder: Path, hosts: Sequence[str], nodes: int, days: int 
             _node_key(own)
             shutil.copyfile(own / "node.pub", server / "nodes" / f"node-{number}.pub")
         shutil.copyfile(folder / "ca.crt", own / "ca.crt")
+
+
+def require_certificate(server: Path) -> None:
+    """Raise unless nodes will take the certificate in a server's folder.
+
+    Raises:
+        FederaError: a file that is missing or is no certificate, dates that do not hold now, another CA's
+            certificate, or another certificate's key.
+    """
+    for file in ("ca.crt", "server.crt", "server.key"):
+        if not (server / file).is_file():
+            raise FederaError(f"--certs: {server / file} is not there; make it with: federa certs")
+    path = server / "server.crt"
+    try:
+        own = x509.load_pem_x509_certificate(path.read_bytes())
+        ca = x509.load_pem_x509_certificate((server / "ca.crt").read_bytes())
+        key = serialization.load_pem_private_key((server / "server.key").read_bytes(), None)
+    except ValueError as error:
+        raise FederaError(f"{server}: a certificate or key that cannot be read ({error})") from error
+    now = datetime.datetime.now(datetime.UTC)
+    for name, one in (("server.crt", own), ("ca.crt", ca)):
+        if now > one.not_valid_after_utc:
+            day = f"{one.not_valid_after_utc:%Y-%m-%d}"
+            raise FederaError(f"{server / name} expired on {day}; make another with: federa certs")
+        if now < one.not_valid_before_utc:
+            day = f"{one.not_valid_before_utc:%Y-%m-%d %H:%M}"
+            raise FederaError(f"{server / name} is valid from {day} UTC only; is this machine's clock right?")
+    try:
+        own.verify_directly_issued_by(ca)
+    except (ValueError, TypeError, InvalidSignature) as error:
+        raise FederaError(f"{path} is not signed by {server / 'ca.crt'}") from error
+    if own.public_key() != key.public_key():
+        raise FederaError(f"{server / 'server.key'} is not the key of {path}")
 
 
 def node_keys(server: Path) -> dict[int, bytes]:

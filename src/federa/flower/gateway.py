@@ -2,16 +2,18 @@
 
 Flower serves nodes, control and running apps at one port, and control and apps are open to whoever reaches
 it: a stranger could start an app of his own on the server. So the SuperLink listens on this machine only, and
-this process hands the nodes' requests on, none longer than a limit.
+this process hands the nodes' requests on, none longer than a limit. Whom it turns away it says in a line,
+which `federa serve` tells on.
 """
 
 from __future__ import annotations
 
 import argparse
 import ssl
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import uvicorn
@@ -21,6 +23,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 NODES = "/v1/fleet"
+REFUSED = "refused"  # how a line about a caller begins
 HOP = {
     "host",
     "connection",
@@ -30,6 +33,36 @@ HOP = {
     "upgrade",
     "accept-encoding",
 }
+
+
+def _refused(who: str, why: str) -> None:
+    print(f"{REFUSED} {who}: {why}", flush=True)
+
+
+class LoudTLS(ssl.SSLObject):
+    """TLS that says why a handshake failed; asyncio keeps it to itself."""
+
+    def do_handshake(self) -> None:
+        """See `ssl.SSLObject.do_handshake`."""
+        with self._loud():
+            super().do_handshake()
+
+    def read(self, len: int = 1024, buffer: Any = None) -> Any:
+        """See `ssl.SSLObject.read`; with TLS 1.3 the caller's refusal comes after the handshake."""
+        with self._loud():
+            return super().read(len, buffer) if buffer is not None else super().read(len)
+
+    @staticmethod
+    @contextmanager
+    def _loud() -> Iterator[None]:
+        try:
+            yield
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError, ssl.SSLEOFError, ssl.SSLZeroReturnError):
+            raise
+        except ssl.SSLError as error:
+            reason = (error.reason or str(error)).replace("_", " ").lower()
+            _refused("a caller", f"no TLS with it ({reason})")
+            raise
 
 
 class _TooLongError(Exception):
@@ -53,6 +86,10 @@ async def _body(request: Request, limit: int) -> bytes:
     return bytes(parts)
 
 
+def _who(request: Request) -> str:
+    return request.client.host if request.client is not None else "a caller"
+
+
 def make_gateway(upstream: str, ca: Path, limit: int) -> Starlette:
     """Return the application.
 
@@ -73,12 +110,15 @@ def make_gateway(upstream: str, ca: Path, limit: int) -> Starlette:
         try:
             body = await _body(request, limit)
         except _TooLongError:
+            _refused(_who(request), f"a request longer than {limit} bytes")
             return PlainTextResponse(f"longer than {limit} bytes", 413)
         headers = {name: value for name, value in request.headers.items() if name not in HOP}
         try:
             answer = await request.app.state.client.post(request.url.path, content=body, headers=headers)
         except httpx.HTTPError:
             return PlainTextResponse("the SuperLink is not there", 503)
+        if answer.status_code in (401, 403):
+            _refused(_who(request), "it has no key of a node of this federation")
         kept = {
             name: value for name, value in answer.headers.items() if name not in {*HOP, "content-encoding"}
         }
@@ -95,7 +135,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--limit", type=int, required=True)
     words = parser.parse_args()
-    uvicorn.run(
+    config = uvicorn.Config(
         make_gateway(words.upstream, Path(words.ca), words.limit),
         host=words.host,
         port=words.port,
@@ -104,6 +144,10 @@ def main() -> None:
         log_level="warning",
         server_header=False,
     )
+    config.load()
+    assert config.ssl is not None
+    config.ssl.sslobject_class = LoudTLS
+    uvicorn.Server(config).run()
 
 
 if __name__ == "__main__":

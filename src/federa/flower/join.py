@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import ssl
 import subprocess
 import tempfile
 import threading
@@ -65,6 +67,20 @@ class Server:
                 raise FederaError(f"{option}: {path or 'the file'} is not there; the server's owner has it")
         return [*words, "--root-certificates", str(self.ca), "--auth-supernode-private-key", str(self.key)]
 
+    def trouble(self) -> str | None:
+        """Return what keeps this machine from the server; None if TLS with it works."""
+        host, _, port = self.address.rpartition(":")
+        try:
+            with socket.create_connection((host.strip("[]"), int(port)), timeout=5) as raw:
+                if self.ca is not None:
+                    trusted = ssl.create_default_context(cafile=str(self.ca))
+                    trusted.wrap_socket(raw, server_hostname=host.strip("[]")).close()
+        except ssl.SSLCertVerificationError as error:
+            return f"the server's certificate is refused: {error.verify_message}"
+        except (OSError, ValueError) as error:
+            return f"no connection to {self.address}: {error}"
+        return None
+
 
 def join(
     config: RunConfig,
@@ -97,7 +113,7 @@ def join(
         port = free_port()
         words += ["--host", "127.0.0.1", "--port", str(port), "--isolation", "process"]
         words += ["--superexec-auth-secret-file", str(secret_file)]
-        keeper = _Keeper(words, port, home, told)
+        keeper = _Keeper(server, words, port, home, told)
         stack.callback(keeper.stop)
         keeper.start()
         told(f"joining {server.address}")
@@ -107,8 +123,10 @@ def join(
 class _Keeper:
     """Keeps a SuperNode running: it ends when the server no longer knows it, or is told to by nobody."""
 
-    def __init__(self, words: list[str], port: int, home: Path, told: Callable[[str], None]) -> None:
-        self._words, self._port, self._home, self._told = words, port, home, told
+    def __init__(
+        self, server: Server, words: list[str], port: int, home: Path, told: Callable[[str], None]
+    ) -> None:
+        self._server, self._words, self._port, self._home, self._told = server, words, port, home, told
         self._log = home / "supernode.log"
         self._process: subprocess.Popen[bytes] | None = None
         self._over = threading.Event()
@@ -135,7 +153,8 @@ class _Keeper:
             assert self._process is not None
             if self._process.poll() is None:
                 continue
-            self._told(f"{self._last_word()}; the SuperNode is started again")
+            why = self._server.trouble() or self._last_word()
+            self._told(f"{why}; the SuperNode is started again")
             time.sleep(RESTART_SECONDS)
             if not self._over.is_set():
                 self._process = start(SUPERNODE, self._words, self._log, self._home)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import tempfile
+import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,8 +13,9 @@ from pathlib import Path
 
 from federa.checkpoint import RunDirectory
 from federa.config import RunConfig
-from federa.flower.certs import node_keys
+from federa.flower.certs import node_keys, require_certificate
 from federa.flower.federation import PATIENT, Federation, Patience
+from federa.flower.gateway import REFUSED
 from federa.flower.runtime import (
     GATEWAY,
     SUPERLINK,
@@ -32,6 +34,7 @@ from federa.types import FederaError
 
 LOOPBACK = ("127.0.0.1", "localhost")
 MAX_REQUEST = 256 << 20  # bytes; a request carries one object of a message
+MOST_REFUSALS = 100  # strangers can make as many as they like
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +93,7 @@ def serve(
         raise FederaError(f"{address.certs}/nodes has keys up to node-{max(keys)}, but none of node-{lacks}")
     with ExitStack() as stack:
         home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="federa-")))
-        link = stack.enter_context(superlink(address, home))
+        link = stack.enter_context(superlink(address, home, told))
         control = Control(link)
         seats = {client: control.register(key, f"node-{client}") for client, key in keys.items()}
         control.start_run()
@@ -113,7 +116,7 @@ def _keys(address: Address, clients: int | None) -> dict[int, bytes]:
     """Return the keys of the nodes that may join; none without TLS.
 
     Raises:
-        FederaError: no TLS on an address that others reach, or files that are not there.
+        FederaError: no TLS on an address that others reach, or files that are not there or do not hold.
     """
     if address.certs is None:
         if address.host not in LOOPBACK:
@@ -121,14 +124,14 @@ def _keys(address: Address, clients: int | None) -> dict[int, bytes]:
         if clients is None:
             raise FederaError("--clients: say how many nodes there are; without keys nothing else says it")
         return {}
-    for file in ("ca.crt", "server.crt", "server.key"):
-        if not (address.certs / file).is_file():
-            raise FederaError(f"--certs: {address.certs / file} is not there; make it with: federa certs")
+    require_certificate(address.certs)
     return node_keys(address.certs)
 
 
 @contextmanager
-def superlink(address: Address, home: Path) -> Iterator[Link]:
+def superlink(
+    address: Address, home: Path, told: Callable[[str], None] = lambda line: None
+) -> Iterator[Link]:
     """Start a SuperLink that this machine alone can reach, and with TLS the gateway to it."""
     secret_file, secret = write_secret(home)
     inner = address.port if address.certs is None else free_port()
@@ -149,6 +152,7 @@ def superlink(address: Address, home: Path) -> Iterator[Link]:
             gateway = _gateway(address, inner, home)
             stack.callback(end, gateway)
             await_port(address.port, gateway, home / "gateway.log", host=address.host)
+            stack.enter_context(retold(home / "gateway.log", told))
         yield Link(f"127.0.0.1:{inner}", secret, address.certs and address.certs / "ca.crt")
 
 
@@ -159,6 +163,31 @@ def _gateway(address: Address, inner: int, home: Path) -> subprocess.Popen[bytes
     words += ["--upstream", f"127.0.0.1:{inner}", "--limit", str(MAX_REQUEST), "--ca", str(certs / "ca.crt")]
     words += ["--certificate", str(certs / "server.crt"), "--key", str(certs / "server.key")]
     return start(GATEWAY, words, home / "gateway.log", home)
+
+
+@contextmanager
+def retold(log: Path, told: Callable[[str], None]) -> Iterator[None]:
+    """Tell whom the gateway turns away, and why: each line of its log once, for the time of the block."""
+    over, known = threading.Event(), set[str]()
+
+    def look() -> None:
+        for line in log.read_text(errors="replace").splitlines():
+            if line.startswith(REFUSED) and line not in known and len(known) < MOST_REFUSALS:
+                known.add(line)
+                told(line)
+
+    def follow() -> None:
+        while not over.wait(1.0):
+            look()
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        look()
 
 
 def end(process: subprocess.Popen[bytes]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -42,7 +43,8 @@ class _Round:
         params: the state that is sent.
         open: jobs without an answer, by client.
         asked: messages on their way, by ticket.
-        answers: what has come, by client.
+        answers: what has come and was not handed on yet, by client.
+        counting: how many updates have come that the server will count.
         refused: nodes that cannot take part, and when that was found.
     """
 
@@ -50,6 +52,7 @@ class _Round:
     open: dict[int, Job]
     asked: dict[str, _Asked] = field(default_factory=dict)
     answers: dict[int, Update | Absence] = field(default_factory=dict)
+    counting: int = 0
     refused: dict[int, float] = field(default_factory=dict)
 
 
@@ -71,24 +74,24 @@ class NodeSession:
         work = _Round(params, {job.client_id: job for job in jobs})
         needed = max(1, math.ceil(config.min_success * len(jobs)))
         end = time.monotonic() + patience.round
+        queue = deque(jobs)
         while work.open:
             self._ask(work)
             self._take(work)
+            while queue and queue[0].client_id in work.answers:  # handed on at once, to keep few of them
+                yield work.answers.pop(queue.popleft().client_id)
             over = time.monotonic() > end
-            if over and (patience.short == "fail" or self._counting(work) >= needed):
+            if over and (patience.short == "fail" or work.counting >= needed):
                 break
             if work.open:
                 time.sleep(patience.poll)
-        for job in jobs:
+        for job in queue:
             yield work.answers.get(job.client_id) or Absence(job, "no answer by the end of the round")
 
-    def _counting(self, work: _Round) -> int:
-        limit = self._experiment.config.max_update_norm
-        return sum(
-            isinstance(answer, Update)
-            and verdict(answer, work.params, limit, self._federation.seats[client].rows or 0) == OK
-            for client, answer in work.answers.items()
-        )
+    def _counts(self, work: _Round, update: Update) -> bool:
+        """Return whether the server will count an update."""
+        rows = self._federation.seats[update.job.client_id].rows or 0
+        return verdict(update, work.params, self._experiment.config.max_update_norm, rows) == OK
 
     def _ask(self, work: _Round) -> None:
         """Send jobs to nodes that can be reached and have none on its way, or one that may be lost."""
@@ -147,7 +150,9 @@ class NodeSession:
             return
         work.answers[job.client_id] = answer
         del work.open[job.client_id]
-        if isinstance(answer, Absence):
+        if isinstance(answer, Update):
+            work.counting += self._counts(work, answer)
+        else:
             self._federation.told(f"round {job.round}: client {job.client_id}: {answer.reason}")
 
     def _read(self, work: _Round, job: Job, reply: Reply) -> Update | Absence | None:
