@@ -130,12 +130,14 @@ def draw(held: dict[str, Any], out: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import NullLocator
 
     for what, label, name in (
         ("rounds", "seconds a round", "time"),
         ("memory", "MB, all processes", "memory"),
     ):
-        figure, axes = plt.subplots(1, len(CURVES), figsize=(4 * len(CURVES), 3.6), layout="constrained")
+        figure, grid = plt.subplots(2, 3, figsize=(11, 6.4), layout="constrained", sharey=True)
+        *axes, legend = grid.flat
         for axis, curve in zip(axes, CURVES, strict=True):
             for engine, marker in zip(SHOWN, "os^", strict=True):
                 points = series(held, curve, engine, what)
@@ -146,16 +148,16 @@ def draw(held: dict[str, Any], out: Path) -> None:
                     x, middle, yerr=[middle - low, high - middle], marker=marker, capsize=3, label=engine
                 )
             axis.set_xscale("log")
-            if what == "rounds":
-                axis.set_yscale("log")
-            else:
-                axis.set_ylim(bottom=0)
+            axis.set_yscale("log")
+            axis.yaxis.set_major_formatter("{x:g}")
             axis.set_xticks(list(CURVES[curve]), [f"{x:g}" for x in CURVES[curve]])
-            axis.minorticks_off()
+            axis.xaxis.set_minor_locator(NullLocator())
             axis.set_xlabel(curve)
             axis.grid(alpha=0.3)
-        axes[0].set_ylabel(label)
-        axes[0].legend()
+        for row in grid:
+            row[0].set_ylabel(label)
+        legend.axis("off")
+        legend.legend(*axes[0].get_legend_handles_labels(), loc="center", frameon=False)
         figure.savefig(out / f"{name}.png", dpi=110)
         plt.close(figure)
 

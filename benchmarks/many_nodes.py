@@ -34,11 +34,13 @@ from flwr.supercore.inflatable.inflatable_utils import (
 )
 from flwr.supernode.fleet_http_connection import http_request_response
 
+from federa.config import load_config
 from federa.flower.certs import make_certificates
 from federa.flower.messages import Hello, Here, Train, Trained, pack, unpack
 from federa.flower.runtime import Message, free_port
 from federa.flower.runtime import pack as as_records
 from federa.flower.runtime import unpack as from_records
+from federa.split import split
 
 POLL = 3.0  # a SuperNode's own
 RECIPE = ("cohort={nodes}", "partition.clients={nodes}", "rounds={rounds}", "evaluate_every=0", "seed=0")
@@ -69,7 +71,7 @@ class Identity(threading.Thread):
                 contents = pull_objects(ids, lambda one, run=run: pull(run, one))
                 confirm(run, message.metadata.message_id)
                 asked = inflate_object_from_contents(tree.object_id, contents)
-                reply = Message(as_records(*answer(self.number, *from_records(asked))), reply_to=asked)
+                reply = Message(as_records(*answer(self.number, *from_records(asked))), reply_to=message)
                 reply.metadata.__dict__["_message_id"] = reply.object_id
                 wanted, session = send(reply, get_object_tree(reply), 0.0)
                 push_objects(
@@ -122,7 +124,20 @@ def main() -> None:
     pki, port, run = options.out / "pki", free_port(), options.out / "run"
     make_certificates(pki, ["localhost"], options.nodes)
     recipe = [word.format(nodes=options.nodes, rounds=options.rounds) for word in RECIPE]
-    words = ["serve", *recipe, "--certs", str(pki / "server"), "--host", "localhost", "--port", str(port)]
+    split(
+        load_config(None, ["partition.clients=2", "cohort=2"]), options.out / "data"
+    )  # a test set, a recipe
+    words = [
+        "serve",
+        str(options.out / "data" / "recipe.yaml"),
+        *recipe,
+        "--certs",
+        str(pki / "server"),
+        "--host",
+        "localhost",
+        "--port",
+        str(port),
+    ]
     command = [sys.executable, "-m", "federa.cli", *words, "--out", str(run), "--ask-again", "600"]
     with (options.out / "server.log").open("wb") as log:
         server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)

@@ -123,12 +123,12 @@ class Networks:
         self.close(begins=True)
         for number, name in enumerate(self.names):
             ip(f"netns add {name}")
-            inner, outer = make_tun("link", name), make_tun(name, None)
+            inner, outer = make_tun("tun0", name), make_tun(name, None)
             ip(f"addr add {self.server(number)} peer {self.node(number)} dev {name}")
-            ip(f"link set {name} up mtu {MTU}")
-            ip(f"-n {name} addr add {self.node(number)} peer {self.server(number)} dev link")
-            ip(f"-n {name} link set link up mtu {MTU}")
-            ip(f"-n {name} link set lo up")
+            ip(f"link set dev {name} up mtu {MTU}")
+            ip(f"-n {name} addr add {self.node(number)} peer {self.server(number)} dev tun0")
+            ip(f"-n {name} link set dev tun0 up mtu {MTU}")
+            ip(f"-n {name} link set dev lo up")
             self.files += [inner, outer]
             ways += [Way(inner, outer, up, delay), Way(outer, inner, down, delay)]
         self.thread = threading.Thread(target=carry, args=(ways, self.over), daemon=True)
@@ -188,14 +188,14 @@ def federation(out: Path, recipe: Path, shards: Path, nodes: int, device: Device
 
 
 def seconds(run: RunDirectory) -> list[float]:
-    """Return what each round took, without the first, in which the nodes load their models."""
-    return [record["seconds_round"] for record in run.records()][1:]
+    """Return what each round took, without the first (nodes load their models) and the last (evaluated)."""
+    return [record["seconds_round"] for record in run.records()][1:-1]
 
 
 def foretold(run: RunDirectory, device: Device) -> list[float]:
-    """Return what the model says that each round takes, without the first."""
+    """Return what the model says that each of these rounds takes."""
     totals = [spent.total for spent in replay(run.path, device).spent]
-    return [later - earlier for earlier, later in itertools.pairwise(totals)]
+    return [later - earlier for earlier, later in itertools.pairwise(totals[:-1])]
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
@@ -83,7 +83,14 @@ def time_to_target(
 
     if device is not None and device not in clock.DEVICES:
         raise FederaError(f"--device {device}: unknown; known: {', '.join(clock.DEVICES)}")
-    given = {"up": up, "down": down, "latency": latency, "speed": speed, "turns": turns, "idle": idle}
+    given: dict[str, Any] = {
+        "up": up,
+        "down": down,
+        "latency": latency,
+        "speed": speed,
+        "turns": turns,
+        "idle": idle,
+    }
     base = clock.DEVICES[device] if device else clock.Device()
     client = dataclasses.replace(base, **{key: value for key, value in given.items() if value is not None})
     if min(client.up, client.down, client.speed, client.turns) <= 0 or min(client.latency, client.idle) < 0:

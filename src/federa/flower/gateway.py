@@ -18,21 +18,16 @@ from typing import Any
 import httpx
 import uvicorn
 from starlette.applications import Starlette
+from starlette.background import BackgroundTask
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 NODES = "/v1/fleet"
 REFUSED = "refused"  # how a line about a caller begins
-HOP = {
-    "host",
-    "connection",
-    "transfer-encoding",
-    "content-length",
-    "keep-alive",
-    "upgrade",
-    "accept-encoding",
-}
+KEEP_ALIVE = 60  # seconds; a TLS handshake for every look at the post would be most of the work
+HOP = {"host", "connection", "transfer-encoding", "keep-alive", "upgrade"}  # of one connection alone
+HOP_BACK = HOP - {"host"}
 
 
 def _refused(who: str, why: str) -> None:
@@ -69,21 +64,18 @@ class _TooLongError(Exception):
     """A request's body is longer than the limit."""
 
 
-async def _body(request: Request, limit: int) -> bytes:
-    """Return a request's body; stop reading where it gets too long.
+async def _body(request: Request, limit: int) -> AsyncIterator[bytes]:
+    """Yield a request's body as it comes; stop where it gets too long.
 
     Raises:
         _TooLongError: it does.
     """
-    length = request.headers.get("content-length", "0")
-    if not length.isdigit() or int(length) > limit:
-        raise _TooLongError
-    parts = bytearray()
+    length = 0
     async for part in request.stream():
-        parts += part
-        if len(parts) > limit:
+        length += len(part)
+        if length > limit:
             raise _TooLongError
-    return bytes(parts)
+        yield part
 
 
 def _who(request: Request) -> str:
@@ -102,27 +94,33 @@ def make_gateway(upstream: str, ca: Path, limit: int) -> Starlette:
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         trusted = ssl.create_default_context(cafile=str(ca))
-        async with httpx.AsyncClient(base_url=f"https://{upstream}", verify=trusted, timeout=120) as client:
+        kept = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=KEEP_ALIVE)
+        url = f"https://{upstream}"
+        async with httpx.AsyncClient(base_url=url, verify=trusted, timeout=120, limits=kept) as client:
             app.state.client = client
             yield
 
     async def forward(request: Request) -> Response:
+        headers = {name: value for name, value in request.headers.items() if name not in HOP}
+        client: httpx.AsyncClient = request.app.state.client
         try:
-            body = await _body(request, limit)
+            length = request.headers.get("content-length", "0")
+            if not length.isdigit() or int(length) > limit:
+                raise _TooLongError
+            asked = client.build_request(
+                "POST", request.url.path, content=_body(request, limit), headers=headers
+            )
+            answer = await client.send(asked, stream=True)
         except _TooLongError:
             _refused(_who(request), f"a request longer than {limit} bytes")
             return PlainTextResponse(f"longer than {limit} bytes", 413)
-        headers = {name: value for name, value in request.headers.items() if name not in HOP}
-        try:
-            answer = await request.app.state.client.post(request.url.path, content=body, headers=headers)
         except httpx.HTTPError:
             return PlainTextResponse("the SuperLink is not there", 503)
         if answer.status_code in (401, 403):
             _refused(_who(request), "it has no key of a node of this federation")
-        kept = {
-            name: value for name, value in answer.headers.items() if name not in {*HOP, "content-encoding"}
-        }
-        return Response(answer.content, answer.status_code, kept)
+        kept = {name: value for name, value in answer.headers.items() if name not in HOP_BACK}
+        whole = BackgroundTask(answer.aclose)
+        return StreamingResponse(answer.aiter_raw(), answer.status_code, kept, background=whole)
 
     return Starlette(routes=[Route(NODES + "/{name}", forward, methods=["POST"])], lifespan=lifespan)
 
@@ -143,6 +141,7 @@ def main() -> None:
         ssl_keyfile=words.key,
         log_level="warning",
         server_header=False,
+        timeout_keep_alive=KEEP_ALIVE,
     )
     config.load()
     assert config.ssl is not None

@@ -1,0 +1,117 @@
+"""What the gateway hands on, what it does not, and what it says of it."""
+
+import asyncio
+
+import httpx
+import pytest
+
+from federa.flower.certs import make_certificates
+from federa.flower.gateway import make_gateway
+
+LIMIT = 100_000
+
+
+@pytest.fixture()
+def ask(tmp_path):
+    """Return a function that sends a request to a gateway whose SuperLink is a function."""
+    make_certificates(tmp_path, [], 1)
+    app = make_gateway("127.0.0.1:1", tmp_path / "ca.crt", LIMIT)
+
+    def send(superlink, path="/v1/fleet/pull-messages", method="POST", **words):
+        async def main():
+            transport = httpx.MockTransport(superlink)
+            app.state.client = httpx.AsyncClient(transport=transport, base_url="https://inner")
+            caller = httpx.ASGITransport(app, client=("1.2.3.4", 5))
+            async with httpx.AsyncClient(transport=caller, base_url="https://outer") as client:
+                return await client.request(method, path, **words)
+
+        return asyncio.run(main())
+
+    return send
+
+
+def said(content=b"", status=200, **headers):
+    """An answer whose content is still to come."""
+    return httpx.Response(status, stream=httpx.ByteStream(content), headers=headers)
+
+
+def never(request):
+    raise AssertionError("this must not reach the SuperLink")
+
+
+async def parts(size):
+    for _ in range(size // 1000):
+        yield bytes(1000)
+
+
+def test_a_nodes_request_and_its_answer_go_through_unchanged(ask):
+    seen = []
+
+    def superlink(request):
+        seen.append((request.method, request.url.path, request.read(), request.headers))
+        return said(b"y" * 50_000, answer="b")
+
+    answer = ask(superlink, content=b"x" * 60_000, headers={"x-signature": "a"})
+    ((method, path, body, headers),) = seen
+    assert (method, path, body, headers["x-signature"]) == (
+        "POST",
+        "/v1/fleet/pull-messages",
+        b"x" * 60_000,
+        "a",
+    )
+    assert headers["host"] == "inner"
+    assert (answer.status_code, answer.content, answer.headers["answer"]) == (200, b"y" * 50_000, "b")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/control/start-run",
+        "/v1/runtime/acquire-task",
+        "/docs",
+        "/",
+        "/v1/fleet/a/b",
+        "/v1/fleet/../control/x",
+    ],
+)
+def test_other_paths_are_not_there(ask, path):
+    assert ask(never, path).status_code == 404
+
+
+def test_other_ways_to_ask_are_refused(ask):
+    assert ask(never, method="GET").status_code == 405
+
+
+@pytest.mark.parametrize("body", [b"x" * (LIMIT + 1), "parts"], ids=["by its length", "by its parts"])
+def test_what_is_too_long_is_refused_and_said(ask, body, capsys):
+    read = []
+
+    def superlink(request):
+        read.append(len(request.read()))
+        return said()
+
+    content = parts(2 * LIMIT) if body == "parts" else body
+    assert ask(superlink, content=content).status_code == 413
+    assert not read
+    assert f"refused 1.2.3.4: a request longer than {LIMIT} bytes" in capsys.readouterr().out
+
+
+def test_what_is_just_short_enough_is_not(ask):
+    def superlink(request):
+        return said(str(len(request.read())).encode())
+
+    assert ask(superlink, content=b"x" * LIMIT).text == str(LIMIT)
+    assert ask(superlink, content=parts(LIMIT)).text == str(LIMIT)
+
+
+def test_a_stranger_is_told_and_said(ask, capsys):
+    answer = ask(lambda request: said(b"no", 401), content=b"x")
+    assert (answer.status_code, answer.content) == (401, b"no")
+    assert "refused 1.2.3.4: it has no key of a node of this federation" in capsys.readouterr().out
+
+
+def test_a_superlink_that_is_gone_is_503(ask):
+    def superlink(request):
+        raise httpx.ConnectError("gone")
+
+    assert ask(superlink, content=b"x").status_code == 503
