@@ -30,7 +30,7 @@ def serve_on(grid: Any, said: Mapping[str, Any]) -> Result:
     out, clients, resume = _path(said, "out"), said.get("clients"), said.get("resume") is True
     if not isinstance(clients, int) or (clients < 1 and not resume):
         raise FederaError("clients: say how many nodes there are: --run-config 'clients=3'")
-    console = progress.console()
+    console = progress.console(shared=True)
 
     def told(line: str) -> None:
         console.print(line, highlight=False)

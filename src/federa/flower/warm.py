@@ -34,6 +34,12 @@ from federa.flower.local import private_folder, receive, require_same_user, send
 REQUEST = (1 << 16, 1 << 20, 8 << 30)
 ANSWER = (16, 1 << 20, 8 << 30)
 OK, CHANGED = b"ok", b"changed"
+PROGRAM = (
+    sys.executable,
+    "-P",
+    "-m",
+    "federa.flower.worker",
+)  # -P: nothing of the current folder is imported
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,13 +166,7 @@ class Worker:
         words = [str(self.folder), str(self.keeper), str(lock), self.owned.pack().decode()]
         with open(os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab") as log:
             subprocess.Popen(
-                [
-                    sys.executable,
-                    "-P",
-                    "-m",
-                    "federa.flower.worker",
-                    *words,
-                ],  # -P: nothing of this folder is imported
+                [*PROGRAM, *words],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
