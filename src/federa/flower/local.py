@@ -31,7 +31,8 @@ def send(connection: socket.socket, frames: Sequence[bytes], limits: Sequence[in
         _require(len(frame), limit)
     for frame in frames:
         connection.sendall(_LENGTH.pack(len(frame)))
-        connection.sendall(frame)
+        if frame:  # nothing, sent to one who has heard all and left, would be a broken pipe
+            connection.sendall(frame)
 
 
 def receive(connection: socket.socket, limits: Sequence[int]) -> list[bytes]:

@@ -175,5 +175,8 @@ class Worker:
             )
 
     def _last_word(self) -> str:
-        lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+        try:
+            lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+        except OSError:  # its node has ended, and has taken it along
+            lines = []
         return lines[-1][:300] if lines else "no word"
