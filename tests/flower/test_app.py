@@ -27,6 +27,7 @@ from running import same, steady
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 BIN = Path(sys.executable).parent
+ROUNDS = 2
 NODES = 3  # the last by federa join
 
 
@@ -99,9 +100,9 @@ class Tools:
         )
         self.start(f"node-{number}", sys.executable, "-m", "federa.cli", *words)
 
-    def run(self, **config):
+    def run(self, name, **config):
         words = " ".join(f"{key}={json.dumps(value)}" for key, value in config.items())
-        self.start("run", BIN / "flwr", "run", self.folder / "app", "here", "--stream", "--run-config", words)
+        self.start(name, BIN / "flwr", "run", self.folder / "app", "here", "--stream", "--run-config", words)
 
     def workers(self):
         """Return the log of each client's worker, while its node lives."""
@@ -146,7 +147,7 @@ def left(folder):
 def parted(recipe, tmp_path):
     """The server's recipe, each node's own, their tables, and what the simulator makes of the whole."""
     torch.set_num_threads(1)
-    recipe |= {"rounds": 3, "cohort": NODES, "partition": {"name": "iid", "clients": NODES}}
+    recipe |= {"rounds": ROUNDS, "cohort": NODES, "partition": {"name": "iid", "clients": NODES}}
     recipe |= {"wire": {"name": "int8"}}  # what rounding takes away is the client's to keep
     config = parse_config(recipe)
     shards = tmp_path / "shards"
@@ -168,20 +169,15 @@ def test_flowers_tools_give_the_simulators_state_with_a_worker_a_node_though_one
         start = tools.join if number == NODES - 1 else tools.supernode
         start(number, shards / f"node-{number}.yaml", shards / f"client-{number}.parquet")
 
-    tools.run(recipe="recipe.yaml", out=str(out), clients=NODES)  # while the nodes come up
-    mistake = "FederaError: recipe: give a whole path"
-    tools.until(lambda: mistake in tools.log("run"))
-    assert "File " not in tools.log("run").partition("raised an exception")[2]
-    tools.processes["run"].wait()
-
-    tools.run(recipe=str(shards / "recipe.yaml"), out=str(out), clients=NODES)
+    tools.run("mistake", recipe="recipe.yaml", out=str(out), clients=NODES)
+    tools.run("run", recipe=str(shards / "recipe.yaml"), out=str(out), clients=NODES)
     tools.until(lambda: len(RunDirectory(out).records()) >= 1)
     killed = [
         pid for pid in left(tools.sockets) if b"node-0.yaml" in Path(f"/proc/{pid}/cmdline").read_bytes()
     ]
     assert len(killed) == 1
     os.kill(killed[0], signal.SIGKILL)
-    assert len(RunDirectory(out).records()) < 3, "killed too late to show anything"
+    assert len(RunDirectory(out).records()) < ROUNDS, "killed too late to show anything"
     tools.until(lambda: (out / "result.json").exists())
 
     folder = RunDirectory(out)
@@ -190,10 +186,12 @@ def test_flowers_tools_give_the_simulators_state_with_a_worker_a_node_though_one
     assert json.loads((out / "result.json").read_text())["final"] == expected.summary["final"]
     workers = tools.workers()
     assert {number: text.count("starts with") for number, text in workers.items()} == {0: 2, 1: 1}
-    assert workers[1].count("joined run") == 1 and workers[1].count("round ") == 3
+    assert workers[1].count("joined run") == 1 and workers[1].count("round ") == ROUNDS
 
     tools.until(lambda: tools.processes["run"].poll() is not None, 30)
     assert "run directory" in tools.log("run")
+    shown = tools.log("mistake").partition("raised an exception")[2]
+    assert "FederaError: recipe: give a whole path" in shown and "File " not in shown
     tools.processes["node-0"].terminate()
     tools.processes["node-1"].kill()
     for name in ("node-0", "node-1"):
