@@ -37,9 +37,10 @@ from flwr.supernode.fleet_http_connection import http_request_response
 from federa.config import load_config
 from federa.flower.certs import make_certificates
 from federa.flower.messages import Hello, Here, Train, Trained, pack, unpack
-from federa.flower.runtime import Message, free_port
-from federa.flower.runtime import pack as as_records
-from federa.flower.runtime import unpack as from_records
+from federa.flower.records import Message
+from federa.flower.records import pack as as_records
+from federa.flower.records import unpack as from_records
+from federa.flower.runtime import free_port
 from federa.split import split
 
 POLL = 3.0  # a SuperNode's own

@@ -158,7 +158,13 @@ def partition_table(sizes: list[int], groups: list[str], counts: Any, most: int 
     return table
 
 
-def console(*, to_stderr: bool = False) -> Console:
-    """Return a console that wraps nothing when it is not a terminal, so that logs keep one line a round."""
+def console(*, to_stderr: bool = False, shared: bool = False) -> Console:
+    """Return a console that wraps nothing when it is not a terminal, so that logs keep one line a round.
+
+    Args:
+        to_stderr: where it writes.
+        shared: others write there too, so that nothing is moved even in a terminal.
+    """
     stream = sys.stderr if to_stderr else sys.stdout
-    return Console(file=stream, soft_wrap=not stream.isatty())
+    plain = shared or not stream.isatty()
+    return Console(file=stream, soft_wrap=plain, force_terminal=False if plain else None)

@@ -14,6 +14,22 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from federa.errors import FederaError, RoundFailedError
+
+__all__ = [
+    "Absence",
+    "FederaError",
+    "FloatArray",
+    "IntArray",
+    "Job",
+    "Metrics",
+    "Record",
+    "RoundFailedError",
+    "ServerState",
+    "State",
+    "Update",
+]
+
 State: TypeAlias = Mapping[str, Tensor]
 """Trained parameters only, float32, by the name that the model gives them."""
 
@@ -24,17 +40,6 @@ IntArray: TypeAlias = npt.NDArray[np.int64]
 FloatArray: TypeAlias = npt.NDArray[np.float32]
 Record: TypeAlias = dict[str, Any]
 """One line of `metrics.jsonl`."""
-
-
-class FederaError(ValueError):
-    """A mistake in what was asked (recipe, data, run directory): one line that says what to do.
-
-    The command line prints it without a traceback and exits with status 2.
-    """
-
-
-class RoundFailedError(RuntimeError):
-    """Too few updates of a round counted; the last good state is kept in the checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)

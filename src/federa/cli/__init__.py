@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
+from federa.cli.federation import app as app_folder
 from federa.cli.federation import certs, join, serve, split, time_to_target
 from federa.cli.words import split_words
-from federa.types import FederaError, RoundFailedError
+from federa.errors import FederaError, RoundFailedError
 
 if TYPE_CHECKING:
     from federa.config import RunConfig
@@ -339,6 +340,7 @@ def init(
 
 for command in (time_to_target, certs, split, serve, join):
     app.command()(command)
+app.command("app")(app_folder)
 
 
 @app.command("list")

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from federa.cli.words import split_words
-from federa.types import FederaError
+from federa.errors import FederaError
 
 Words = Annotated[
     Optional[list[str]],  # noqa: UP045
@@ -112,6 +112,16 @@ def time_to_target(
                 table.add_row(*clock.shown(row)[1:])
         console.print(table)
     console.print(f"written: {folder}/time_to_target.csv, .md", highlight=False)
+
+
+def app(
+    to: Annotated[Path, typer.Argument(metavar="DIR", help="The folder to write.")],
+) -> None:
+    """Write the app for those who start runs with Flower's own tools: flwr run DIR."""
+    from federa.flower.app_folder import write_app
+
+    write_app(to)
+    print(f"{to}/pyproject.toml written; on the SuperLink's machine: flwr run {to} --run-config '...'")
 
 
 def serve(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from federa.types import FederaError
+from federa.errors import FederaError
 
 
 def split_words(arguments: list[str]) -> tuple[Path | None, list[str]]:

@@ -18,7 +18,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from federa.types import FederaError
+from federa.errors import FederaError
 
 try:
     from cryptography import x509

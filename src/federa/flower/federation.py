@@ -199,6 +199,7 @@ class Federation(Place):
         end = None if self.patience.start is None else time.monotonic() + self.patience.start
         asked: dict[str, tuple[int, float]] = {}  # the node and when it was asked, by ticket
         done: set[int] = set()
+        lost: set[tuple[int, str]] = set()
         said = ""
         while True:
             now = time.monotonic()
@@ -211,6 +212,9 @@ class Federation(Place):
                 if not reply.error:
                     self.seat(node, reply)
                     done.add(node)
+                elif (node, reply.error) not in lost:  # once: it is asked again until it answers
+                    self.told(f"node {node}: {reply.error}; it is asked again")
+                    lost.add((node, reply.error))
             held = [client for client, seat in self.seats.items() if seat.rows is not None]
             if len(held) == self.clients:
                 return [self.seats[client].rows or 0 for client in range(self.clients)]

@@ -18,28 +18,24 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from federa.flower.federation import Reply
+from federa.flower.app_folder import APP
+from federa.flower.post import FlowerPost
+from federa.flower.records import SILENT, pack, unpack
 from federa.machine import die_with_parent
 from federa.types import FederaError, RoundFailedError
 
 FLOWER = ("1.41", "1.42")
-SILENT = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-}
-os.environ.update(SILENT)  # Flower reads them when it is imported
 
 try:
     import flwr
     import httpx
-    from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+    from flwr.app import Message
     from flwr.cli.build import build_fab_from_files
     from flwr.common.serde import fab_to_proto, run_from_proto
     from flwr.proto.control_pb2 import RegisterNodeRequest, StartRunRequest
@@ -66,7 +62,6 @@ except ImportError as error:
         f'a federation of machines needs Flower {" or ".join(FLOWER)}: pip install "federa[flower]" ({error})'
     ) from error
 
-TENSORS = "federa.safetensors"
 SUPERLINK = (str(Path(sys.executable).parent / "flower-superlink"),)
 SUPERNODE = (sys.executable, "-m", "federa.flower.supernode")
 GATEWAY = (sys.executable, "-m", "federa.flower.gateway")
@@ -195,30 +190,10 @@ class Control:
 
     def start_run(self) -> int:
         """Start a run of an app without code, and return its id."""
-        content, _ = build_fab_from_files({name: text.encode() for name, text in EMPTY_APP.items()})
+        content, _ = build_fab_from_files({name: text.encode() for name, text in APP.items()})
         fab = Fab("", content, {})
         answer = self._client.StartRun(StartRunRequest(fab=fab_to_proto(fab)))
         return int(answer.run_id)
-
-
-EMPTY_APP = {
-    "pyproject.toml": """\
-[project]
-name = "federa-app"
-version = "0.1.0"
-license = "Apache-2.0"
-dependencies = []
-
-[tool.flwr.app]
-publisher = "federa"
-
-[tool.flwr.app.components]
-serverapp = "federa.flower.app:server_app"
-clientapp = "federa.flower.app:client_app"
-
-[tool.flwr.app.config]
-""",
-}
 
 
 def _reason(error: httpx.HTTPError) -> str:
@@ -281,53 +256,6 @@ def server_task(link: Link, seconds: float = 60.0) -> Iterator[FlowerPost]:
             with contextlib.suppress(httpx.HTTPError):
                 runtime.PushTaskOutput(PushTaskOutputRequest(sub_status=status, details=""))
     grid.close()
-
-
-class FlowerPost:
-    """Carries messages through a SuperLink; see `Post`."""
-
-    def __init__(self, grid: Any) -> None:
-        self._grid = grid
-
-    def online(self) -> set[int]:
-        """See `Post.online`."""
-        return set(self._grid.get_node_ids())
-
-    def send(self, node: int, header: bytes, tensors: bytes, seconds: float) -> str:
-        """See `Post.send`."""
-        message = Message(pack(header, tensors), node, "train", ttl=seconds)
-        (ticket,) = self._grid.push_messages([message])
-        return str(ticket)
-
-    def collect(self, tickets: Sequence[str]) -> list[Reply]:
-        """See `Post.collect`."""
-        if not tickets:
-            return []
-        replies = []
-        for message in self._grid.pull_messages(list(tickets)):
-            ticket = message.metadata.reply_to_message_id
-            if message.has_error():
-                replies.append(Reply(ticket, error=(message.error.reason or "lost").splitlines()[0]))
-            else:
-                replies.append(Reply(ticket, *unpack(message)))
-        return replies
-
-
-def pack(header: bytes, tensors: bytes) -> RecordDict:
-    """Return a message as Flower carries it."""
-    content: dict[str, Any] = {"header": ConfigRecord({"json": header})}
-    if tensors:
-        content["tensors"] = ArrayRecord({"state": Array("uint8", (len(tensors),), TENSORS, tensors)})
-    return RecordDict(content)
-
-
-def unpack(message: Message) -> tuple[bytes, bytes]:
-    """Return header and tensors of a message; of one that is not ours an empty header."""
-    records: Mapping[str, Any] = message.content
-    header = records.get("header", {}).get("json", b"")
-    array = records.get("tensors", {}).get("state")
-    data = b"" if array is None or array.stype != TENSORS else array.data
-    return (header if isinstance(header, bytes) else b""), data
 
 
 def node_tasks(

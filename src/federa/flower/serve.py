@@ -5,22 +5,21 @@ from __future__ import annotations
 import subprocess
 import tempfile
 import threading
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from federa.checkpoint import RunDirectory
 from federa.config import RunConfig
 from federa.flower.certs import node_keys, require_certificate
-from federa.flower.federation import PATIENT, Federation, Patience
+from federa.flower.federation import PATIENT, Patience
 from federa.flower.gateway import REFUSED
+from federa.flower.ledger import federate, look_up
+from federa.flower.post import FlowerPost
 from federa.flower.runtime import (
     GATEWAY,
     SUPERLINK,
     Control,
-    FlowerPost,
     Link,
     await_port,
     free_port,
@@ -29,7 +28,7 @@ from federa.flower.runtime import (
     start,
     write_secret,
 )
-from federa.run import Observer, Result, run
+from federa.run import Observer, Result
 from federa.types import FederaError
 
 LOOPBACK = ("127.0.0.1", "localhost")
@@ -80,15 +79,10 @@ def serve(
         FederaError: a mistake in the recipe, the keys or the directory, or a node that does not fit.
     """
     require_flower()
-    folder = RunDirectory(out)
-    if not resume and not folder.free:
-        raise FederaError(f"--out: {out} is there already; give another, or --resume to go on with it")
     keys = _keys(address, clients)
-    held = (folder.read_json("partition.json") or {}).get("client_sizes") if resume else None
-    known = (folder.read_json("federation.json") or {}) if resume else {}
-    name = known.get("run") or uuid.uuid4().hex[:12]
-    number = known.get("clients") or clients or len(keys)
-    if keys and not held and sorted(keys) != list(range(number)):
+    known = look_up(out, clients or len(keys), resume=resume)
+    number = known.clients or 0
+    if keys and not known.rows and sorted(keys) != list(range(number)):
         lacks = min(set(range(max(keys) + 1)) - set(keys))
         raise FederaError(f"{address.certs}/nodes has keys up to node-{max(keys)}, but none of node-{lacks}")
     with ExitStack() as stack:
@@ -98,18 +92,18 @@ def serve(
         seats = {client: control.register(key, f"node-{client}") for client, key in keys.items()}
         control.start_run()
         post: FlowerPost = stack.enter_context(server_task(link))
-        told(f"listening at {address.host}:{address.port}, run {name}")
-        place = Federation(
+        told(f"listening at {address.host}:{address.port}, run {known.name}")
+        return federate(
+            config,
+            out,
             post,
-            name,
-            number,
+            known,
             seats=seats or None,
             patience=patience,
-            rows=held,
+            resume=resume,
+            observer=observer,
             told=told,
-            built=lambda: folder.write_json("federation.json", {"run": name, "clients": number}),
         )
-        return run(config, out, resume=resume, observer=observer, place=place)
 
 
 def _keys(address: Address, clients: int | None) -> dict[int, bytes]:

@@ -1,0 +1,12 @@
+"""What goes wrong, in one line; apart from `types` so that those who need no tensors need not load them."""
+
+
+class FederaError(ValueError):
+    """A mistake in what was asked (recipe, data, run directory): one line that says what to do.
+
+    The command line prints it without a traceback and exits with status 2.
+    """
+
+
+class RoundFailedError(RuntimeError):
+    """Too few updates of a round counted; the last good state is kept in the checkpoint."""
