@@ -48,9 +48,7 @@ def steps_alone(experiment: Experiment, jobs: Sequence[Job]) -> float:
     with torch_seeded(0):
         began = time.perf_counter()
         for batch in batches:
-            flat.zero_gradient_()
-            trainer.model(**batch).loss.backward()
-            flat.pull_gradient_()
+            flat.backward_(trainer.model(**batch).loss)
             length = torch.linalg.vector_norm(flat.gradient)
             flat.gradient.mul_((config.clip_norm / (length + 1e-6)).clamp(max=1.0))
             optimizer.step()

@@ -10,7 +10,7 @@ import transformers
 from torch import nn
 
 from federa import run
-from federa.client import ClientConfig, measured_precision, scheduled_lr
+from federa.client import ClientConfig, FlatParameters, measured_precision, scheduled_lr
 from federa.cpu import native
 from federa.data.batches import training_batches
 from federa.seeds import generator
@@ -355,6 +355,103 @@ def test_a_bf16_step_is_that_of_a_float64_model(recipe, encoder, kernels):
             continue
         assert gradients[name].norm() > 1e-3 * largest, f"{name} does not count"
         assert (delta + gradients[name]).norm() < 0.08 * gradients[name].norm(), name
+
+
+# Less memory
+
+
+@pytest.mark.parametrize("size", [1, 3, 8, 99])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_step_over_micro_batches_is_the_whole_batchs(recipe, size, precision):
+    """Adaptive moments and clipping see the sum, not its parts; batches of 8, the last one shorter."""
+    changes = {
+        "client__dropout": 0.0,
+        "client__clip_norm": 0.05,
+        "client__proximal": 0.1,
+        "client__precision": precision,
+    }
+    rows, job = np.arange(27), Job(1, 0, 5, 1e-3)
+    whole = train(build(recipe, **changes, client__optimizer="sgd"), job, rows)
+    parts = train(build(recipe, **changes, client__optimizer="sgd", client__micro_batch=size), job, rows)
+    one, other = (torch.cat([d.flatten() for d in u.delta.values()]) for u in (whole, parts))
+    assert float((one - other).norm() / one.norm()) < (1e-4 if precision == "fp32" else 0.05)
+    assert parts.metrics["loss"] == pytest.approx(
+        whole.metrics["loss"], rel=1e-5 if precision == "fp32" else 0.01
+    )
+    for key in ("steps", "examples"):
+        assert parts.metrics[key] == whole.metrics[key]
+    if size >= 8:
+        assert same(parts.delta, whole.delta), "nothing to sum"
+
+
+def test_micro_batches_are_no_larger_than_asked(recipe, monkeypatch):
+    experiment = build(recipe, client__micro_batch=3)
+    sizes, loss = [], experiment.trainer.task.__class__.loss
+
+    def spy(task, output, inputs):
+        sizes.append(len(inputs["input_ids"]))
+        return loss(task, output, inputs)
+
+    monkeypatch.setattr(experiment.trainer.task.__class__, "loss", spy)
+    train(experiment, rows=np.arange(11))
+    assert sorted(sizes) == [2, 3, 3, 3], "batches of 8 and of 3"
+
+
+def test_gradients_of_parts_are_summed_in_float32():
+    """In bfloat16, 256 + 1 is 256."""
+    model = nn.Linear(1, 1, bias=False)
+    flat = FlatParameters(model, frozenset(), bf16=True)
+    for i in range(300):
+        flat.backward_(model(torch.ones(1, 1, dtype=torch.bfloat16)).sum(), add=i > 0)
+    assert float(flat.gradient) == 300
+    flat.backward_(model(torch.ones(1, 1, dtype=torch.bfloat16)).sum())
+    assert float(flat.gradient) == 1
+
+
+def gradient_with_dropout(experiment, rows):
+    """One batch's gradient, and how often the first layer was computed for it."""
+    model, flat = experiment.trainer.model, experiment.trainer.flat
+    flat.load_(experiment.params)
+    first = next(m for n, m in model.named_modules() if ".0." in n and isinstance(m, nn.Linear))
+    calls = []
+    hook = first.register_forward_hook(lambda *_: calls.append(1))
+    model.train()
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        experiment.trainer.gradient_(experiment.train, rows)
+        after = torch.rand(1)
+    hook.remove()
+    return flat.gradient.clone(), len(calls), after
+
+
+@pytest.mark.parametrize("kernels", [nullcontext, native.without], ids=["kernels", "no kernels"])
+@pytest.mark.parametrize("family", ["bert", "roberta", "deberta-v2", "distilbert", "electra", "modernbert"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_checkpointing_gives_the_same_gradient_with_dropout(recipe, encoder, family, precision, kernels):
+    """The same masks the second time, whatever the family, and whoever draws them."""
+    changes = {"model__name": str(encoder(family)), "method__name": "ft", "client__dropout": 0.3}
+    changes["client__precision"] = precision
+    with kernels():
+        plain_one, once, after = gradient_with_dropout(build(recipe, **changes), np.arange(8))
+        lean, twice, after_lean = gradient_with_dropout(
+            build(recipe, **changes, client__checkpointing=True), np.arange(8)
+        )
+    assert twice == 2 * once > 0
+    assert torch.equal(after, after_lean), "what is drawn later does not depend on it"
+    assert float(plain_one.norm()) > 0.01
+    assert float((plain_one - lean).norm() / plain_one.norm()) < 1e-6
+
+
+def test_checkpointing_trains_low_rank_factors_alike(recipe):
+    """Two steps of a client with the model's own dropout, over micro batches as well."""
+    rows, job = np.arange(16), Job(1, 0, 5, 1e-3)
+    for micro in (None, 2):
+        plain_one, lean = (
+            train(build(recipe, client__micro_batch=micro, client__checkpointing=on), job, rows)
+            for on in (False, True)
+        )
+        assert furthest(plain_one.delta, lean.delta) < 1e-6
+        assert lean.metrics["loss"] == pytest.approx(plain_one.metrics["loss"], rel=1e-6)
 
 
 def test_predictions_are_those_of_the_state_that_is_given(recipe):

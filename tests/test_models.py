@@ -10,7 +10,14 @@ import pytest
 import torch
 import transformers
 
-from federa.models import ModelConfig, load_pretrained, pick_device, resolve_model, set_dropout
+from federa.models import (
+    ModelConfig,
+    checkpoint_layers,
+    load_pretrained,
+    pick_device,
+    resolve_model,
+    set_dropout,
+)
 from federa.types import FederaError
 
 LABELS = ("food", "sport", "tech")
@@ -349,3 +356,11 @@ def test_devices(monkeypatch):
     assert pick_device("auto").type == "mps"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert pick_device("auto").type == "cuda"
+
+
+def test_what_has_no_layers_of_transformers_cannot_be_checkpointed():
+    with pytest.raises(
+        FederaError, match=r"client\.checkpointing: Linear has no layers .* use false$"
+    ) as raised:
+        checkpoint_layers(torch.nn.Linear(2, 2))
+    assert "\n" not in str(raised.value)

@@ -24,6 +24,7 @@ from federa.data.datasets import Splits, read_splits
 from federa.data.groups import CLUSTERS, Groups, clustered, column_values, embeddings, numbered
 from federa.data.partition import group_counts, partition_examples
 from federa.data.tokenised import tokenised
+from federa.engines.base import give_back_freed_memory
 from federa.methods import Setup
 from federa.models import Pretrained, load_pretrained, pick_device, require_base
 from federa.seeds import generator, seed_for
@@ -307,6 +308,7 @@ def prepare(config: RunConfig, loaded: Pretrained, init: State | None, cache: Pa
         speed_up(model)
     trainer = Trainer(model, loaded.head, local, config.task, config.client)
     pack_all(model)
+    give_back_freed_memory()
     return Prepared(trainer, params, {name: t for name, t in start.items() if name in local}, sizes)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import sys
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,8 @@ import transformers
 from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from federa.seeds import torch_seeded
 from federa.state import fingerprint
@@ -203,6 +206,24 @@ def add_tokens(model: Any, tokenizer: Any, words: Sequence[str]) -> None:
     with torch.no_grad():
         for word, pieces in zip(words, before, strict=True):
             table[tokenizer.convert_tokens_to_ids(word)] = table[pieces].mean(dim=0)
+
+
+def checkpoint_layers(model: nn.Module) -> None:
+    """Let a model's layers keep their inputs alone in training; the backward pass computes the rest again.
+
+    Torch's generators are set back for the second time, so dropout draws the same masks: those of `cpu/` too,
+    which are functions of a number from the same generator.
+
+    Raises:
+        FederaError: a model that is not made of transformers' layers.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        name = type(model).__name__
+        raise FederaError(f"client.checkpointing: {name} has no layers that can be computed again; use false")
+    for layer in layers:
+        layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
 
 
 def _positions(model: Any) -> int:

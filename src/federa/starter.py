@@ -52,6 +52,7 @@ partition:              # how the rows are dealt out in this simulation
 client:
   epochs: 1             # passes over a client's rows in a round
   batch_size: 16
+  # micro_batch: 4      # examples in memory at once, where a batch does not fit; the step is the same
   # lr: 1e-3            # the method's own default if left out
   weight_decay: 0.0
   precision: auto       # auto, fp32 or bf16

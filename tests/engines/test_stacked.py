@@ -443,6 +443,14 @@ def test_a_model_that_mixes_examples_is_refused(recipe, monkeypatch):
         train(experiment)
 
 
+@pytest.mark.parametrize(("key", "value"), [("micro_batch", 4), ("checkpointing", True)])
+def test_saving_memory_in_each_client_is_refused(recipe, key, value):
+    """A backward pass that computes again would find the model's own parameters, not the clients'."""
+    with pytest.raises(FederaError, match=rf"client\.{key}.*use engine\.name=serial") as raised:
+        train(prepare(recipe, **{f"client__{key}": value}))
+    assert "\n" not in str(raised.value)
+
+
 def test_a_failure_names_the_round_and_the_clients(recipe, monkeypatch):
     experiment = prepare(recipe)
     jobs = jobs_of(experiment, 3)

@@ -1,10 +1,13 @@
 """Tasks whose examples are several rows: the same updates and predictions from every engine."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from federa import run
 from federa.config import parse_config
+from federa.data.batches import Ragged
 from federa.engines import Processes, Serial, Stacked
 from federa.engines.stacked import memory_of_a_client
 from federa.experiment import build_experiment
@@ -43,6 +46,39 @@ def play_all(experiment, engine):
 def test_examples_are_longer_than_windows(split):
     experiment = build_experiment(parse_config(split))
     assert len(experiment.train) > experiment.train.num_examples
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_micro_batches_weigh_by_what_they_are_trained_on(split, size):
+    """A mean over labelled tokens, or over windows: rows differ in how many they have, and one has none."""
+    whole, parts = (
+        build_experiment(parse_config(split).replace(**{"client.micro_batch": micro}))
+        for micro in (None, size)
+    )
+    data, rows = without_targets(whole.train, 0), np.arange(12)
+    for experiment in (whole, parts):
+        experiment.trainer.flat.load_(experiment.params)
+    expected, found = (experiment.trainer.gradient_(data, rows) for experiment in (whole, parts))
+    counts = [whole.trainer.task.terms(data, rows[i : i + 1]) for i in rows]
+    assert counts[0] == 0 and sum(counts) == whole.trainer.task.terms(data, rows)
+    assert len(set(counts)) > (2 if split["task"]["name"] == "ner" else 1), "else a plain mean would do"
+    assert float(found) == pytest.approx(float(expected), rel=1e-5)
+    one, other = whole.trainer.flat.gradient, parts.trainer.flat.gradient
+    assert float((one - other).norm() / one.norm()) < 1e-4
+    nothing = without_targets(data, *range(4))
+    assert np.isnan(float(parts.trainer.gradient_(nothing, rows[:4]))), "a mean of nothing, as without parts"
+
+
+def without_targets(data, *rows):
+    """The same data set, with rows that count in no loss."""
+    targets = {}
+    for name, held in data.targets.items():
+        values = (held.values if isinstance(held, Ragged) else held).copy()
+        targets[name] = Ragged(values, held.offsets) if isinstance(held, Ragged) else values
+        for row in rows:
+            own = targets[name].row(row) if isinstance(held, Ragged) else values[row : row + 1]
+            own[:] = data.pad[name]
+    return dataclasses.replace(data, targets=targets)
 
 
 def test_stacked_gives_serials_updates(split):

@@ -155,7 +155,13 @@ def test_text_that_cannot_be_written_is_refused():
 def test_what_is_of_one_machine_need_not_agree(recipe):
     one = agreed(configure(recipe))
     other = configure(
-        recipe, device="cpu", client__precision="bf16", engine={"name": "processes"}, data={"train": "x"}
+        recipe,
+        device="cpu",
+        client__precision="bf16",
+        client__micro_batch=1,
+        client__checkpointing=True,
+        engine={"name": "processes"},
+        data={"train": "x"},
     )
     assert agreed(other) == one
     assert json.loads(json.dumps(one)) == one

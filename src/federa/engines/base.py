@@ -77,6 +77,16 @@ def keep_freed_memory() -> None:
         mallopt(trim_threshold, (1 << 31) - 1)
 
 
+def give_back_freed_memory() -> None:
+    """Ask glibc to hand freed memory back to the kernel: a float32 model that has become a bfloat16 one, say.
+
+    Where `keep_freed_memory` came first, as in a node, nothing else would.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
 def share_cores(workers: int, threads: int | None) -> int:
     """Return the threads of each worker, so that all of them fit on the cores.
 

@@ -106,8 +106,15 @@ class Stacked(Engine):
         """Try the model out, and plan how many clients are trained at a time.
 
         Raises:
-            FederaError: this model or method gives other losses side by side than alone, or none at all.
+            FederaError: this model or method gives other losses side by side than alone, or none at all; or
+                clients are to save memory in ways of their own.
         """
+        client = experiment.trainer.config
+        if client.micro_batch is not None or client.checkpointing:
+            key = "client.checkpointing" if client.micro_batch is None else "client.micro_batch"
+            raise FederaError(
+                f"{key} is not for engine.name=stacked, where engine.clients saves memory; {REMEDY}"
+            )
         torch.set_num_threads(share_cores(1, self.threads))
         keep_freed_memory()
         try:

@@ -127,6 +127,7 @@ KINDS: dict[str, type[_Said]] = {
 One = TypeVar("One", bound=_Said)
 Other = TypeVar("Other", bound=_Said)
 INIT = "init/"
+OWN = ("precision", "micro_batch", "checkpointing")  # of `client`: each machine's own business
 
 
 def pack(said: _Said, state: State | None = None) -> tuple[bytes, bytes]:
@@ -171,9 +172,12 @@ def line(text: str, most: int = 200) -> str:
 
 
 def agreed(config: RunConfig) -> dict[str, Any]:
-    """Return what of a recipe server and nodes must have the same: not data, device and precision."""
+    """Return what of a recipe server and nodes must have the same.
+
+    Data, device, and how a machine saves memory are its own business.
+    """
     whole = config.model_dump(mode="json")
-    client = {key: value for key, value in whole["client"].items() if key != "precision"}
+    client = {key: value for key, value in whole["client"].items() if key not in OWN}
     return {
         "seed": whole["seed"],
         "model": {"train_pooler": whole["model"]["train_pooler"]},

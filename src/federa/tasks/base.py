@@ -6,10 +6,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
+import numpy as np
 from pydantic import Field
 from torch import Tensor
 
-from federa.data.batches import Encoded
+from federa.data.batches import Encoded, Ragged
 from federa.data.datasets import DataConfig
 from federa.registry import Component, Registry
 from federa.types import FederaError, FloatArray, IntArray
@@ -96,10 +97,19 @@ class Task(Component, ABC):
     def loss(self, model_output: Any, inputs: Mapping[str, Tensor]) -> Tensor:
         """Return what training minimises, a number: the model's own loss.
 
-        It must not depend on how far a batch is padded: clients trained side by side are padded alike.
+        It must not depend on how far a batch is padded: clients trained side by side are padded alike. It is
+        a mean over as many things as `terms` says: a batch's loss can be put together from its parts'.
         """
         loss: Tensor = model_output.loss
         return loss
+
+    def terms(self, encoded: Encoded, rows: IntArray) -> int:
+        """Return how many things the `loss` of these rows is a mean over: the targets that are no fill."""
+        count = 0
+        for name, held in encoded.targets.items():
+            own = np.concatenate([held.row(row) for row in rows]) if isinstance(held, Ragged) else held[rows]
+            count += int(np.count_nonzero(own != encoded.pad[name]))
+        return count
 
     def scorable(self, encoded: Encoded, examples: IntArray) -> bool:
         """Return whether a score of these few examples says anything; what does not is no client's score."""
