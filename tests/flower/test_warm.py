@@ -18,7 +18,7 @@ import federa
 from federa.errors import FederaError
 from federa.flower import local, warm, worker
 from federa.flower.app_folder import APP, write_app
-from federa.flower.warm import ANSWER, CHANGED, OK, REQUEST, Owned, Worker
+from federa.flower.warm import ANSWER, CHANGED, HERE, OK, REQUEST, TAKEN, Owned, Worker
 
 STUB = """
 import os, signal, sys, time
@@ -152,6 +152,7 @@ def answering(tmp_path):
         with socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(10)
             connection.connect(str(path))
+            assert local.receive(connection, TAKEN) == [HERE]
             if raw:
                 connection.sendall(raw)
                 connection.shutdown(socket.SHUT_WR)

@@ -33,7 +33,8 @@ from federa.flower.local import private_folder, receive, require_same_user, send
 # Bytes of a request's parts (which worker, header, tensors) and of an answer's (a word, header, tensors).
 REQUEST = (1 << 16, 1 << 20, 8 << 30)
 ANSWER = (16, 1 << 20, 8 << 30)
-OK, CHANGED = b"ok", b"changed"
+TAKEN = (16,)  # and of the word with which a worker takes a message, before it comes
+HERE, OK, CHANGED = b"here", b"ok", b"changed"
 PROGRAM = (
     sys.executable,
     "-P",
@@ -118,10 +119,14 @@ class Worker:
         Raises:
             FederaError: it does not start, or ended while it worked.
         """
-        for _ in range(2):
+        for _ in range(3):
             with self._connect() as connection:
+                require_same_user(connection)
                 try:
-                    require_same_user(connection)
+                    receive(connection, TAKEN)  # when it is this message's turn
+                except OSError:
+                    continue  # it was ending and has taken nothing: another one is started
+                try:
                     send(connection, (self.owned.pack(), header, tensors), REQUEST)
                     word, *answer = receive(connection, ANSWER)
                 except OSError as error:
@@ -130,7 +135,7 @@ class Worker:
                     ) from error
             if word == OK:
                 return answer[0], answer[1]
-        raise FederaError(f"the recipe changes all the time ({self.log})")
+        raise FederaError(f"no worker stays: the recipe changes, or it is killed ({self.log})")
 
     def _connect(self) -> socket.socket:
         with self._lock() as lock:

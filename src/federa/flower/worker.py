@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from federa.errors import FederaError
 from federa.flower.local import receive, require_same_user, send
-from federa.flower.warm import ANSWER, CHANGED, OK, REQUEST, Owned
+from federa.flower.warm import ANSWER, CHANGED, HERE, OK, REQUEST, TAKEN, Owned
 
 if TYPE_CHECKING:
     from federa.flower.node import Node
@@ -101,6 +101,7 @@ def answer_all(
             try:
                 require_same_user(connection)
                 connection.settimeout(HAND_OVER)
+                send(connection, (HERE,), TAKEN)
                 asked, header, tensors = receive(connection, REQUEST)
                 if asked != own:
                     told("the recipe has changed; another worker takes over")
