@@ -16,6 +16,7 @@ APP = {
 [project]
 name = "federa-app"
 version = "0.1.0"
+description = "A federation of what is installed; there is no code here"
 license = "Apache-2.0"
 dependencies = []  # nothing is installed when it runs: federa is there already
 
