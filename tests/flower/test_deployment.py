@@ -7,6 +7,7 @@ import signal
 import ssl
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -159,9 +160,13 @@ def test_a_federation_with_keys_gives_the_simulators_state_though_its_server_is_
     assert load_config(out / "config.yaml").wire.name == "fp32"
     left = subprocess.run(["pgrep", "-fc", str(tmp_path)], capture_output=True, text=True, check=False)
     assert int(left.stdout) >= len(keys), "the nodes go on"
-    for process in programs.processes.values():
-        process.send_signal(signal.SIGINT)
+    homes = set(Path(tempfile.gettempdir()).glob("federa-node-*"))
+    for number, process in enumerate(programs.processes.values()):
+        process.send_signal((signal.SIGINT, signal.SIGTERM)[number % 2])
     programs.until(lambda: all(process.poll() is not None for process in programs.processes.values()), 30)
+    assert len(homes - set(Path(tempfile.gettempdir()).glob("federa-node-*"))) >= len(keys), (
+        "nodes left folders behind"
+    )
 
 
 def test_mistakes_are_one_line(programs, parted, tmp_path):

@@ -1,12 +1,13 @@
 """What the gateway hands on, what it does not, and what it says of it."""
 
 import asyncio
+import base64
 
 import httpx
 import pytest
 
-from federa.flower.certs import make_certificates
-from federa.flower.gateway import make_gateway
+from federa.flower.certs import make_certificates, node_keys
+from federa.flower.gateway import KEY, make_gateway
 
 LIMIT = 100_000
 
@@ -15,9 +16,12 @@ LIMIT = 100_000
 def ask(tmp_path):
     """Return a function that sends a request to a gateway whose SuperLink is a function."""
     make_certificates(tmp_path, [], 1)
-    app = make_gateway("127.0.0.1:1", tmp_path / "ca.crt", LIMIT)
+    keys = node_keys(tmp_path / "server")
+    app = make_gateway("127.0.0.1:1", tmp_path / "ca.crt", LIMIT, keys.values())
 
-    def send(superlink, path="/v1/fleet/pull-messages", method="POST", **words):
+    def send(superlink, path="/v1/fleet/pull-messages", method="POST", key=keys[0], headers=None, **words):
+        words["headers"] = {KEY: base64.b64encode(key).decode(), **(headers or {})}
+
         async def main():
             transport = httpx.MockTransport(superlink)
             app.state.client = httpx.AsyncClient(transport=transport, base_url="https://inner")
@@ -104,10 +108,20 @@ def test_what_is_just_short_enough_is_not(ask):
     assert ask(superlink, content=parts(LIMIT)).text == str(LIMIT)
 
 
-def test_a_stranger_is_told_and_said(ask, capsys):
+def test_a_wrong_signature_is_told_and_said(ask, capsys):
     answer = ask(lambda request: said(b"no", 401), content=b"x")
     assert (answer.status_code, answer.content) == (401, b"no")
+    assert "refused 1.2.3.4: its signature is not that of its key" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("key", [b"", b"-----BEGIN PUBLIC KEY-----"])
+def test_an_unknown_key_does_not_reach_the_superlink(ask, key, capsys):
+    assert ask(never, key=key, content=b"x").status_code == 401
     assert "refused 1.2.3.4: it has no key of a node of this federation" in capsys.readouterr().out
+
+
+def test_a_header_that_is_no_key_is_refused(ask):
+    assert ask(never, headers={KEY: "*"}, content=b"x").status_code == 401
 
 
 def test_a_superlink_that_is_gone_is_503(ask):

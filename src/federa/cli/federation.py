@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -124,6 +125,15 @@ def app(
     print(f"{to}/pyproject.toml written; on the SuperLink's machine: flwr run {to} --run-config '...'")
 
 
+def _end_in_order() -> None:
+    """Take a service manager's SIGTERM as Ctrl-C: what was started ends, what is temporary goes."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+
+
 def serve(
     arguments: Words = None,
     *,
@@ -167,6 +177,7 @@ def serve(
     config = load_config(recipe, overrides)
     console = progress.console()
     bar = progress.Bar(console)
+    _end_in_order()
     try:
         result = start(
             config,
@@ -221,6 +232,7 @@ def join(
         raise FederaError("--client: say which client this node is; without keys nothing else says it")
     recipe, overrides = split_words(arguments or [])
     console = progress.console()
+    _end_in_order()
     try:
         start(
             resolve(load_config(recipe, overrides)),

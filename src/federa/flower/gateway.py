@@ -2,15 +2,16 @@
 
 Flower serves nodes, control and running apps at one port, and control and apps are open to whoever reaches
 it: a stranger could start an app of his own on the server. So the SuperLink listens on this machine only, and
-this process hands the nodes' requests on, none longer than a limit. Whom it turns away it says in a line,
-which `federa serve` tells on.
+this process hands the requests of known nodes on, none longer than a limit. Whom it turns away it says in a
+line, which `federa serve` tells on.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
 import ssl
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Collection, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,11 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from federa.flower.certs import node_keys
+
 NODES = "/v1/fleet"
 REFUSED = "refused"  # how a line about a caller begins
+KEY = "flwr-public-key"  # the header in which a node says its own
 KEEP_ALIVE = 60  # seconds; a TLS handshake for every look at the post would be most of the work
 HOP = {"host", "connection", "transfer-encoding", "keep-alive", "upgrade"}  # of one connection alone
 HOP_BACK = HOP - {"host"}
@@ -82,13 +86,22 @@ def _who(request: Request) -> str:
     return request.client.host if request.client is not None else "a caller"
 
 
-def make_gateway(upstream: str, ca: Path, limit: int) -> Starlette:
+def _known(request: Request, keys: Collection[bytes]) -> bool:
+    """Return whether a caller says that it has a node's key; that it has, the SuperLink finds out."""
+    try:
+        return base64.b64decode(request.headers.get(KEY, ""), validate=True) in keys
+    except ValueError:
+        return False
+
+
+def make_gateway(upstream: str, ca: Path, limit: int, keys: Collection[bytes]) -> Starlette:
     """Return the application.
 
     Args:
         upstream: host and port of the SuperLink, on this machine.
         ca: the certificate that it is signed by.
         limit: of a request's body, in bytes.
+        keys: the nodes' public ones, in PEM.
     """
 
     @asynccontextmanager
@@ -101,6 +114,9 @@ def make_gateway(upstream: str, ca: Path, limit: int) -> Starlette:
             yield
 
     async def forward(request: Request) -> Response:
+        if not _known(request, keys):
+            _refused(_who(request), "it has no key of a node of this federation")
+            return PlainTextResponse("no key of a node of this federation", 401)
         headers = {name: value for name, value in request.headers.items() if name not in HOP}
         client: httpx.AsyncClient = request.app.state.client
         try:
@@ -117,7 +133,7 @@ def make_gateway(upstream: str, ca: Path, limit: int) -> Starlette:
         except httpx.HTTPError:
             return PlainTextResponse("the SuperLink is not there", 503)
         if answer.status_code in (401, 403):
-            _refused(_who(request), "it has no key of a node of this federation")
+            _refused(_who(request), "its signature is not that of its key, or too old")
         kept = {name: value for name, value in answer.headers.items() if name not in HOP_BACK}
         whole = BackgroundTask(answer.aclose)
         return StreamingResponse(answer.aiter_raw(), answer.status_code, kept, background=whole)
@@ -128,17 +144,18 @@ def make_gateway(upstream: str, ca: Path, limit: int) -> Starlette:
 def main() -> None:
     """Serve until the process is ended."""
     parser = argparse.ArgumentParser(prog="federa-gateway")
-    for name in ("host", "upstream", "certificate", "key", "ca"):
+    for name in ("host", "upstream", "certs"):
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--limit", type=int, required=True)
     words = parser.parse_args()
+    certs = Path(words.certs)
     config = uvicorn.Config(
-        make_gateway(words.upstream, Path(words.ca), words.limit),
+        make_gateway(words.upstream, certs / "ca.crt", words.limit, set(node_keys(certs).values())),
         host=words.host,
         port=words.port,
-        ssl_certfile=words.certificate,
-        ssl_keyfile=words.key,
+        ssl_certfile=certs / "server.crt",
+        ssl_keyfile=certs / "server.key",
         log_level="warning",
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE,

@@ -31,6 +31,10 @@ from federa.flower.runtime import (
 from federa.flower.serve import LOOPBACK, end
 from federa.types import FederaError
 
+MEANINGS = {  # of what a SuperNode writes at its end
+    "terminated gracefully": "the server does not know this node's key, or the two clocks differ",  # a 401
+    "[code: 2004]": "the server takes this node to be there already, or another one has its key",
+}
 RESTART_SECONDS = 3.0  # between a SuperNode's end and its next start
 
 
@@ -160,5 +164,10 @@ class _Keeper:
                 self._process = start(SUPERNODE, self._words, self._log, self._home)
 
     def _last_word(self) -> str:
-        lines = [line.strip() for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
+        log = self._log.read_text(errors="replace")
+        last = log.rpartition("Starting Flower SuperNode")[2]
+        for sign, meaning in MEANINGS.items():
+            if sign in last:
+                return meaning
+        lines = [line.strip() for line in last.splitlines() if line.strip()]
         return lines[-1][:200] if lines else "it ended without a word"

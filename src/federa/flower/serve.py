@@ -154,8 +154,7 @@ def _gateway(address: Address, inner: int, home: Path) -> subprocess.Popen[bytes
     certs = address.certs
     assert certs is not None
     words = ["--host", address.host, "--port", str(address.port)]
-    words += ["--upstream", f"127.0.0.1:{inner}", "--limit", str(MAX_REQUEST), "--ca", str(certs / "ca.crt")]
-    words += ["--certificate", str(certs / "server.crt"), "--key", str(certs / "server.key")]
+    words += ["--upstream", f"127.0.0.1:{inner}", "--limit", str(MAX_REQUEST), "--certs", str(certs)]
     return start(GATEWAY, words, home / "gateway.log", home)
 
 
