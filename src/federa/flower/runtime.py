@@ -65,7 +65,7 @@ except ImportError as error:
 SUPERLINK = (str(Path(sys.executable).parent / "flower-superlink"),)
 SUPERNODE = (sys.executable, "-m", "federa.flower.supernode")
 GATEWAY = (sys.executable, "-m", "federa.flower.gateway")
-GONE = 30.0  # seconds without an answer from a SuperLink on this machine
+GONE = 15.0  # seconds without an answer from a SuperLink on this machine
 TASK_POLL = 0.2  # seconds between looks for a task, on this machine
 
 
@@ -240,7 +240,8 @@ def server_task(link: Link, seconds: float = 60.0) -> Iterator[FlowerPost]:
     grid = HttpGrid(link.address, link.ca is None, link.certificates, token=answer.token)
     grid._retry_invoker.max_time = GONE  # for ever, left to itself
     runtime, status = grid._runtime_client, "failed"
-    with _alive(runtime):
+    beats = link.runtime(answer.token)  # its own: the grid's would try for long where the SuperLink is gone
+    with contextlib.closing(beats), _alive(beats):
         task = runtime.PullTaskInput(PullTaskInputRequest())
         TaskIdentity.task_id, TaskIdentity.run_id = task.task_id, task.run.run_id
         TaskIdentity.node_id = task.context.node_id
@@ -249,12 +250,14 @@ def server_task(link: Link, seconds: float = 60.0) -> Iterator[FlowerPost]:
             yield FlowerPost(grid)
             status = "completed"
         except httpx.HTTPError as error:
+            status = ""  # there is nobody to tell
             raise RoundFailedError(
                 f"the SuperLink is gone ({_reason(error)}); start the server again with --resume"
             ) from error
         finally:
-            with contextlib.suppress(httpx.HTTPError):
-                runtime.PushTaskOutput(PushTaskOutputRequest(sub_status=status, details=""))
+            if status:
+                with contextlib.suppress(httpx.HTTPError):
+                    runtime.PushTaskOutput(PushTaskOutputRequest(sub_status=status, details=""))
     grid.close()
 
 
