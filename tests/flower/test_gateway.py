@@ -7,7 +7,7 @@ import httpx
 import pytest
 
 from federa.flower.certs import make_certificates, node_keys
-from federa.flower.gateway import KEY, make_gateway
+from federa.flower.gateway import AT_ONCE, KEY, SMALL, make_gateway
 
 LIMIT = 100_000
 
@@ -24,7 +24,8 @@ def ask(tmp_path):
 
         async def main():
             transport = httpx.MockTransport(superlink)
-            app.state.client = httpx.AsyncClient(transport=transport, base_url="https://inner")
+            inner = httpx.AsyncClient(transport=transport, base_url="https://inner")
+            app.state.clients = dict.fromkeys(keys.values(), inner)
             caller = httpx.ASGITransport(app, client=("1.2.3.4", 5))
             async with httpx.AsyncClient(transport=caller, base_url="https://outer") as client:
                 return await client.request(method, path, **words)
@@ -129,3 +130,32 @@ def test_a_superlink_that_is_gone_is_503(ask):
         raise httpx.ConnectError("gone")
 
     assert ask(superlink, content=b"x").status_code == 503
+
+
+@pytest.mark.parametrize(("size", "most"), [(10, AT_ONCE), (SMALL + 1, 10)], ids=["small", "long"])
+def test_few_small_requests_are_at_the_superlink_at_a_time(tmp_path, size, most):
+    """So a crowd of nodes keeps neither the server nor each other waiting for long."""
+    make_certificates(tmp_path, [], 1)
+    (key,) = node_keys(tmp_path / "server").values()
+    app = make_gateway("127.0.0.1:1", tmp_path / "ca.crt", LIMIT, [key])
+    inside = seen = 0
+
+    async def superlink(request):
+        nonlocal inside, seen
+        inside += 1
+        seen = max(seen, inside)
+        await request.aread()
+        await asyncio.sleep(0.01)
+        inside -= 1
+        return said()
+
+    async def main():
+        inner = httpx.AsyncClient(transport=httpx.MockTransport(superlink), base_url="https://inner")
+        app.state.clients = {key: inner}
+        headers = {KEY: base64.b64encode(key).decode()}
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="https://x") as client:
+            calls = [client.post("/v1/fleet/a", content=b"x" * size, headers=headers) for _ in range(10)]
+            return [answer.status_code for answer in await asyncio.gather(*calls)]
+
+    assert asyncio.run(main()) == [200] * 10
+    assert seen == most

@@ -105,7 +105,7 @@ def time_to_target(
     words += f"; {client.idle:g} s a round idle" if client.idle else ""
     console.print(words, highlight=False)
     for setting in dict.fromkeys(row["setting"] for row in rows):
-        table = Table(title=setting, box=None, title_justify="left")
+        table = Table(title=setting, box=None, padding=(0, 1, 0, 0), title_justify="left")
         for header in clock.headers(reference)[1:]:
             table.add_column(header)
         for row in rows:

@@ -9,10 +9,11 @@ line, which `federa serve` tells on.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import base64
 import ssl
 from collections.abc import AsyncIterator, Collection, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,10 @@ from federa.flower.certs import node_keys
 NODES = "/v1/fleet"
 REFUSED = "refused"  # how a line about a caller begins
 KEY = "flwr-public-key"  # the header in which a node says its own
+SMALL = 1 << 16  # bytes of a request that is read before it is handed on: nearly all are
+AT_ONCE = (
+    4  # small requests at the SuperLink, which works at one at a time: the server's own wait behind these
+)
 KEEP_ALIVE = 60  # seconds; a TLS handshake for every look at the post would be most of the work
 HOP = {"host", "connection", "transfer-encoding", "keep-alive", "upgrade"}  # of one connection alone
 HOP_BACK = HOP - {"host"}
@@ -86,12 +91,12 @@ def _who(request: Request) -> str:
     return request.client.host if request.client is not None else "a caller"
 
 
-def _known(request: Request, keys: Collection[bytes]) -> bool:
-    """Return whether a caller says that it has a node's key; that it has, the SuperLink finds out."""
+def _key(request: Request) -> bytes:
+    """Return the key that a caller says it has; that it has it, the SuperLink finds out."""
     try:
-        return base64.b64decode(request.headers.get(KEY, ""), validate=True) in keys
+        return base64.b64decode(request.headers.get(KEY, ""), validate=True)
     except ValueError:
-        return False
+        return b""
 
 
 def make_gateway(upstream: str, ca: Path, limit: int, keys: Collection[bytes]) -> Starlette:
@@ -106,27 +111,37 @@ def make_gateway(upstream: str, ca: Path, limit: int, keys: Collection[bytes]) -
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        # Each node has connections of its own: httpx looks at all of a pool's for every request.
         trusted = ssl.create_default_context(cafile=str(ca))
         kept = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=KEEP_ALIVE)
         url = f"https://{upstream}"
-        async with httpx.AsyncClient(base_url=url, verify=trusted, timeout=120, limits=kept) as client:
-            app.state.client = client
+        async with AsyncExitStack() as stack:
+            app.state.clients = {}
+            for key in keys:
+                client = httpx.AsyncClient(base_url=url, verify=trusted, timeout=120, limits=kept)
+                app.state.clients[key] = await stack.enter_async_context(client)
             yield
 
+    slots = asyncio.Semaphore(AT_ONCE)
+
+    async def ask(client: httpx.AsyncClient, request: Request, length: int) -> httpx.Response:
+        headers = {name: value for name, value in request.headers.items() if name not in HOP}
+        small = length <= SMALL
+        body = b"".join([part async for part in _body(request, SMALL)]) if small else _body(request, limit)
+        asked = client.build_request("POST", request.url.path, content=body, headers=headers)
+        async with slots if small else nullcontext():  # a long one takes as long as its sender's link does
+            return await client.send(asked, stream=True)
+
     async def forward(request: Request) -> Response:
-        if not _known(request, keys):
+        client: httpx.AsyncClient | None = request.app.state.clients.get(_key(request))
+        if client is None:
             _refused(_who(request), "it has no key of a node of this federation")
             return PlainTextResponse("no key of a node of this federation", 401)
-        headers = {name: value for name, value in request.headers.items() if name not in HOP}
-        client: httpx.AsyncClient = request.app.state.client
         try:
-            length = request.headers.get("content-length", "0")
-            if not length.isdigit() or int(length) > limit:
+            length = request.headers.get("content-length", "")
+            if length and (not length.isdigit() or int(length) > limit):
                 raise _TooLongError
-            asked = client.build_request(
-                "POST", request.url.path, content=_body(request, limit), headers=headers
-            )
-            answer = await client.send(asked, stream=True)
+            answer = await ask(client, request, int(length or limit))
         except _TooLongError:
             _refused(_who(request), f"a request longer than {limit} bytes")
             return PlainTextResponse(f"longer than {limit} bytes", 413)

@@ -31,8 +31,9 @@ from federa.flower.runtime import (
 from federa.flower.serve import LOOPBACK, end
 from federa.types import FederaError
 
-MEANINGS = {  # of what a SuperNode writes at its end
-    "terminated gracefully": "the server does not know this node's key, or the two clocks differ",  # a 401
+MEANINGS = {  # of what a SuperNode writes at its end, the first for a 401
+    "terminated gracefully": "the server does not know this node: it was started anew, has no such key, or "
+    "the two clocks differ",
     "[code: 2004]": "the server takes this node to be there already, or another one has its key",
 }
 RESTART_SECONDS = 3.0  # between a SuperNode's end and its next start

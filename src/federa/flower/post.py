@@ -1,13 +1,45 @@
-"""Messages to nodes through Flower's grid, whoever opened it."""
+"""Messages to nodes through Flower's grid, whoever opened it.
+
+A grid's own `pull_messages` waits for an answer that was announced until all of it is there: a node that is
+killed, or slow, while it sends would keep the server for minutes, past every deadline. So answers are taken
+here in pieces, as far as they have come; for that Flower's runtime interface is used, which is not public.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from federa.flower.federation import Reply
 from federa.flower.messages import line
 from federa.flower.records import Message, pack, unpack
+
+# ruff: isort: split
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, PullObjectRequest
+from flwr.proto.runtime_pb2 import PullAppMessagesRequest
+from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+
+AT_ONCE = 64 << 20  # bytes of answers that are handed over at a time, so that few are held
+MOST_PIECES = 1000  # of an answer; 5 MB each, as Flower cuts them
+
+
+@dataclass(slots=True)
+class _Arriving:
+    """An answer that was announced.
+
+    Attributes:
+        name: Flower's id of it.
+        run: Flower's number of the run.
+        missing: ids of the pieces that are not here yet.
+        pieces: those that are.
+    """
+
+    name: str
+    run: int
+    missing: list[str]
+    pieces: dict[str, bytes] = field(default_factory=dict)
 
 
 class FlowerPost:
@@ -15,6 +47,7 @@ class FlowerPost:
 
     def __init__(self, grid: Any) -> None:
         self._grid = grid
+        self._arriving: dict[str, _Arriving] = {}
 
     def online(self) -> set[int]:
         """See `Post.online`."""
@@ -28,13 +61,53 @@ class FlowerPost:
 
     def collect(self, tickets: Sequence[str]) -> list[Reply]:
         """See `Post.collect`."""
-        if not tickets:
-            return []
-        replies = []
-        for message in self._grid.pull_messages(list(tickets)):
-            ticket = message.metadata.reply_to_message_id
-            if message.has_error():
-                replies.append(Reply(ticket, error=line(message.error.reason or "lost")))
-            else:
-                replies.append(Reply(ticket, *unpack(message)))
+        self._arriving = {ticket: self._arriving[ticket] for ticket in tickets if ticket in self._arriving}
+        self._look([ticket for ticket in tickets if ticket not in self._arriving])
+        replies, length = [], 0
+        for ticket, arriving in list(self._arriving.items()):
+            reply = self._fetch(ticket, arriving)
+            if reply is None:
+                continue
+            del self._arriving[ticket]
+            replies.append(reply)
+            length += len(reply.tensors)
+            if length > AT_ONCE:
+                break
         return replies
+
+    def _look(self, tickets: Sequence[str]) -> None:
+        """Note the answers that have been announced; each is named once."""
+        if not tickets:
+            return
+        found = self._grid._runtime_client.PullMessages(PullAppMessagesRequest(message_ids=tickets))
+        for message, tree in zip(found.messages_list, found.message_object_trees, strict=True):
+            metadata = message.metadata
+            missing = [one.object_id for one in iterate_object_tree(tree)]
+            arriving = _Arriving(metadata.message_id, metadata.run_id, missing)
+            self._arriving[metadata.reply_to_message_id] = arriving
+
+    def _fetch(self, ticket: str, arriving: _Arriving) -> Reply | None:
+        """Return an answer; None where a piece of it has not come yet."""
+        client, node = self._grid._runtime_client, self._grid.node
+        if len(arriving.missing) > MOST_PIECES:
+            return Reply(ticket, error=f"an answer in {len(arriving.missing)} pieces")
+        while arriving.missing:
+            piece = arriving.missing[-1]
+            found = client.PullObject(PullObjectRequest(node=node, run_id=arriving.run, object_id=piece))
+            if not found.object_found:  # Flower gives up on a sender that is silent for three minutes
+                return Reply(ticket, error="its answer broke off")
+            if not found.object_available:
+                return None
+            arriving.pieces[arriving.missing.pop()] = found.object_content
+        client.ConfirmMessageReceived(
+            ConfirmMessageReceivedRequest(node=node, run_id=arriving.run, message_object_id=arriving.name)
+        )
+        try:
+            message = inflate_object_from_contents(arriving.name, arriving.pieces)
+            if not isinstance(message, Message):
+                raise TypeError(type(message).__name__)
+            if message.has_error():
+                return Reply(ticket, error=line(message.error.reason or "lost"))
+            return Reply(ticket, *unpack(message))
+        except Exception as error:  # whatever a node makes of it
+            return Reply(ticket, error=f"an answer that cannot be read ({line(str(error), 100)})")

@@ -28,12 +28,15 @@ except ImportError as error:
     ) from error
 
 TENSORS = "federa.safetensors"
+WHOLE = 5 << 20  # bytes; longer ones go in pieces, which an ArrayRecord is cut into
 
 
 def pack(header: bytes, tensors: bytes) -> RecordDict:
     """Return a message as Flower carries it."""
     content: dict[str, Any] = {"header": ConfigRecord({"json": header})}
-    if tensors:
+    if 0 < len(tensors) <= WHOLE:  # one object and one request, where an ArrayRecord is three
+        content["tensors"] = ConfigRecord({"state": tensors})
+    elif tensors:
         content["tensors"] = ArrayRecord({"state": Array("uint8", (len(tensors),), TENSORS, tensors)})
     return RecordDict(content)
 
@@ -41,7 +44,8 @@ def pack(header: bytes, tensors: bytes) -> RecordDict:
 def unpack(message: Message) -> tuple[bytes, bytes]:
     """Return header and tensors of a message; of one that is not ours an empty header."""
     records: Mapping[str, Any] = message.content
-    header = records.get("header", {}).get("json", b"")
-    array = records.get("tensors", {}).get("state")
-    data = b"" if array is None or array.stype != TENSORS else array.data
-    return (header if isinstance(header, bytes) else b""), data
+    found = [records.get("header", {}).get("json"), records.get("tensors", {}).get("state")]
+    if isinstance(found[1], Array) and found[1].stype == TENSORS:
+        found[1] = found[1].data
+    head, tensors = (one if isinstance(one, bytes) else b"" for one in found)
+    return head, tensors

@@ -5,8 +5,8 @@ message. Here both are started with `--isolation process`: they hand tasks out o
 process that takes them, with a secret that only its user can read, runs what is installed here, with a
 resident model; the code in the app is never unpacked.
 
-That API has no public client. What of Flower is not public is imported in this file and `supernode.py` alone;
-`FLOWER` says which versions they are written for.
+That API has no public client. What of Flower is not public is imported in this file, `post.py` and
+`supernode.py` alone; `FLOWER` says which versions they are written for.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from federa.config import RunConfig
+from federa.data.datasets import read_held_out
 from federa.flower.certs import node_keys, require_certificate
 from federa.flower.federation import PATIENT, Patience
 from federa.flower.gateway import REFUSED
@@ -85,6 +86,7 @@ def serve(
     if keys and not known.rows and sorted(keys) != list(range(number)):
         lacks = min(set(range(max(keys) + 1)) - set(keys))
         raise FederaError(f"{address.certs}/nodes has keys up to node-{max(keys)}, but none of node-{lacks}")
+    read_held_out(config.data, config.task)  # a mistake in it is found before anybody can join
     with ExitStack() as stack:
         home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="federa-")))
         link = stack.enter_context(superlink(address, home, told))
