@@ -99,13 +99,16 @@ def test_targets_by_hand():
         curve("bitfit", 1, [0.8, 0.1, 0.1], 1),
         curve("bitfit", 2, [0.1, 0.1, 0.1], 1),
     ]
-    ft, lora, bitfit = time_to_targets(runs, [0.9])
+    runs += [curve("federa", seed, [0.9] * 3, 5 + seed) for seed in range(3)]
+    ft, lora, bitfit, federa = time_to_targets(runs, [0.9])
     assert (ft["seconds"], ft["rounds"], ft["reached"], ft["reduction"]) == (200, 2, 3, 0)
     assert (lora["seconds"], lora["rounds"], lora["reached"], lora["seeds"]) == (20, 2, 2, 3)
     assert lora["reduction"] == pytest.approx(0.9)
     assert bitfit["reached"] == 1 and bitfit["seconds"] is None and bitfit["reduction"] is None
-    assert clock.shown(bitfit)[4] == "not reached"
-    assert clock.shown(lora)[5:] == ["20 s", "10 s", "10 s", "90.0%"]
+    assert clock.shown(bitfit)[4:] == ["", "", "", "", "not reached", ""]
+    assert clock.shown(lora)[5:] == ["20 s", "10 s", "10 s", "90.0%", "-233.3%"]
+    assert federa["reduction_others"] == pytest.approx(1 - 6 / 20) and ft["reduction_others"] is None
+    assert clock.shown(ft)[-2:] == ["0.0%", ""] and len(clock.shown(bitfit)) == len(clock.headers("ft"))
 
 
 def test_settings_are_apart_and_a_reference_is_needed():

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -234,6 +233,8 @@ def time_to_targets(
 
     Each seed has its own target: that share of the best that the reference reached with it. Seconds are the
     lower median over the seeds that reached it; where half or more did not, the method did not reach it.
+    `reduction` is how much less they are than the reference's, `reduction_others` than those of the fastest
+    method beside itself and the reference.
 
     Raises:
         FederaError: the reference is not among the runs.
@@ -252,9 +253,17 @@ def time_to_targets(
             base = next(row["seconds"] for row in found if row["method"] == reference)
             for row in found:
                 row["reference"] = reference
-                row["reduction"] = 1 - row["seconds"] / base if row["seconds"] is not None and base else None
+                row["reduction"] = _less(row["seconds"], base)
+                rivals = [o["seconds"] for o in found if o["method"] not in (row["method"], reference)]
+                fastest = min((t for t in rivals if t is not None), default=None)
+                others = fastest if row["method"] != reference else None
+                row["reduction_others"] = _less(row["seconds"], others)
             rows += found
     return rows
+
+
+def _less(seconds: float | None, than: float | None) -> float | None:
+    return 1 - seconds / than if seconds is not None and than else None
 
 
 def _row(
@@ -286,19 +295,19 @@ def write_rows(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def headers(reference: str) -> tuple[str, ...]:
-    """Return the heads of the columns of `shown`."""
-    first = ("setting", f"of {reference}'s best", "method", "seeds", "rounds")
-    return (*first, "time", "compute", "transfer", f"less than {reference}")
+    """Return the heads of the columns of `shown`; the next is the fastest beside itself and the reference."""
+    first = ("setting", f"{reference}'s best", "method", "seeds", "rounds")
+    return (*first, "time", "compute", "transfer", f"less than {reference}", "than next")
 
 
 def shown(row: Mapping[str, Any]) -> list[str]:
     """Return a row as people read it."""
     words = [row["setting"], f"{row['fraction']:.0%}", row["method"], f"{row['reached']} of {row['seeds']}"]
     if row["seconds"] is None:
-        return [*words, "not reached", "", "", "", ""]
+        return [*words, *[""] * 4, "not reached", ""]
     times = [_duration(row[key]) for key in ("seconds", "compute", "transfer")]
-    less = row["reduction"]
-    return [*words, str(row["rounds"]), *times, "" if less is None or math.isnan(less) else f"{less:.1%}"]
+    less = [row["reduction"], row["reduction_others"]]
+    return [*words, str(row["rounds"]), *times, *("" if one is None else f"{one:.1%}" for one in less)]
 
 
 def _duration(seconds: float) -> str:

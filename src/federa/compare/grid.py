@@ -203,9 +203,9 @@ class Comparison:
         """Return how a method's rate is tuned, as (runs, rounds of each) of every rung."""
         rates = len(self.grid.lrs.get(method, ()))
         most = self.grid.tune_rounds or setting.config.rounds
-        if rates == 0:
+        if rates < 2:  # nothing to choose from
             return []
-        if self.grid.tune == "grid" or rates == 1:
+        if self.grid.tune == "grid":
             return [(rates, most)]
         counts = [rates]
         while counts[-1] > 2:
@@ -223,8 +223,8 @@ class Comparison:
                     shown = ", ".join(f"{rate:g}" for rate in rates)
                     lines.append(f"  tune {method:10} {runs} of lr {shown}; {rounds} rounds each")
                     count += runs
-                fixed = self.cell(setting, method, 0, None).config.client.lr
-                lr = "tuned lr" if rates else f"lr {fixed:g}"
+                given = self.cell(setting, method, 0, rates[0] if rates else None).config.client.lr
+                lr = "tuned lr" if len(rates) > 1 else f"lr {given:g}"
                 seeds = ", ".join(map(str, self.grid.seeds))
                 lines.append(f"  run  {method:10} seeds {seeds}; {lr}, {setting.config.rounds} rounds")
                 count += len(self.grid.seeds)
