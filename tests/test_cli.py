@@ -232,6 +232,7 @@ def test_a_damaged_checkpoint_is_said_to_be_one(done, capsys):
     assert "is not a whole safetensors file" in refused(capsys, done, "run", "--resume", "--out", "done")
 
 
+@pytest.mark.slow
 def test_mistakes_through_real_processes(here):
     """Side by side: what matters is that nothing else is printed, by whatever is imported."""
     before = tree(here)

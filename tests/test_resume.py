@@ -227,6 +227,7 @@ def test_what_else_a_run_remembers(recipe, tmp_path, uninterrupted, changes, poi
         assert any(name.startswith("client-") for name in expected[0])
 
 
+@pytest.mark.slow
 def test_killed_at_a_random_moment_through_the_command_line(recipe, tmp_path):
     """Two real processes, killed at random; each may lose the round that it was in, and no more."""
     changes = {"rounds": 60, "cohort": 2, "client__max_steps": 1, "evaluate_every": 20}

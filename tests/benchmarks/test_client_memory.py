@@ -4,11 +4,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "client_memory.py"
 SMALL = {"layers": 4, "width": 512, "vocabulary": 16000, "batch": 16, "tokens": 64, "steps": 2}
 BASE = 4 * (16000 * 512 + 4 * 12 * 512**2 + 514 * 512) / 2**20  # MB of it in float32, without vectors
 
 
+@pytest.mark.slow
 def test_every_way_to_save_memory_saves_some():
     words = [word for name, size in SMALL.items() for word in (f"--{name}", str(size))]
     command = [sys.executable, str(SCRIPT), "--kernels", "off", *words]
