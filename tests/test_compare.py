@@ -179,6 +179,15 @@ def test_halving_gives_the_better_half_twice_the_rounds(recipe, tmp_path):
     assert sorted(first[f"{name}rounds1-seed0"] for name in second) == best
 
 
+@pytest.mark.parametrize(("of", "rounds", "expected"), [(1, 2, (0, 1)), (2, 1, (1, 1)), (2, 2, (1, 2))])
+def test_rates_are_judged_by_as_many_evaluations_as_runs_are(recipe, tmp_path, of, rounds, expected):
+    made = comparison(
+        recipe | {"evaluate_every": 1, "final_mean_of": of}, tmp_path, methods="lora", skews=None
+    )
+    config = made.tuning(made.settings[0], "lora", 1e-3, rounds).config
+    assert (config.evaluate_every, config.final_mean_of) == expected
+
+
 def test_a_best_rate_at_the_edge_of_those_tried_is_said(recipe, tmp_path):
     said = []
     made = comparison(

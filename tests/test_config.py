@@ -15,7 +15,8 @@ COMPONENTS = [(kind, name) for kind, registry in REGISTRIES.items() for name in 
 
 # Names that scripts use, with their defaults; None where the default is another component's or none.
 CONTRACT = {
-    "seed": 0, "rounds": 15, "cohort": 5, "evaluate_every": 1, "min_success": 0.5, "target": None, "track": (),
+    "seed": 0, "rounds": 15, "cohort": 5, "evaluate_every": 1, "final_mean_of": 1, "min_success": 0.5,
+    "target": None, "track": (),
     "device": "auto",
     "model.name": "minilm",
     "data.train": "bbc_news", "data.validation": None, "data.test": None, "data.text_column": "text",
@@ -234,6 +235,11 @@ REFUSED = [
     (["engine.name=spark"], "unknown engine 'spark'"),
     (["aggregator=krum"], "unknown aggregator 'krum'"),
     (["track=wandbb"], "track: unknown tracker 'wandbb'"),
+    (
+        ["final_mean_of=4", "evaluate_every=5"],
+        "final_mean_of: expected at most 3, the evaluations that rounds=15 and evaluate_every=5 make, got 4",
+    ),
+    (["final_mean_of=2", "evaluate_every=0"], "final_mean_of: expected at most 1"),
     (["cohort=21"], "cohort: 21 clients a round, but partition.clients is 20"),
     (["partition.name=natural"], "partition.column: a value is needed"),
     (["rounds=0"], "rounds: input should be greater than or equal to 1, got 0"),

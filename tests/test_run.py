@@ -239,6 +239,14 @@ def test_early_stop_counts_only_rounds_that_were_evaluated(recipe, monkeypatch):
     assert result.state.round == 2 and result.summary["target"]["round"] == 2
 
 
+@pytest.mark.parametrize(("every", "of", "final"), [(1, 1, 0.6), (1, 3, 0.7), (2, 2, 0.65)])
+def test_the_final_score_is_the_mean_of_the_last_evaluations(recipe, monkeypatch, every, of, final):
+    scripted(monkeypatch, [0.8, 0.9, 0.6, 0.6] if every == 1 else [0.9, 0.7, 0.6])
+    fast = {**FAST, "rounds": 4 if every == 1 else 5}
+    summary = run(configure(recipe, **fast, evaluate_every=every, final_mean_of=of)).summary
+    assert summary["final"] == pytest.approx(final) and summary["best"] == 0.9
+
+
 def test_a_target_that_is_not_reached(recipe, monkeypatch):
     scripted(monkeypatch, [0.7, 0.79, 0.6])
     result = run(configure(recipe, **FAST, target=0.8))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -58,6 +59,8 @@ class RunConfig(BaseModel):
         rounds: of federated training.
         cohort: clients a round.
         evaluate_every: evaluate after every so many rounds, and after the last; 0: after the last only.
+        final_mean_of: a run's final score is the mean of so many last evaluations. With skewed clients a
+            single round's score says as much of the last cohort as of the method.
         min_success: the share of a cohort whose updates must count, else the round fails.
         max_update_norm: a longer update (L2 norm over all tensors) is rejected.
         target: stop when the task's primary metric reaches this.
@@ -74,6 +77,7 @@ class RunConfig(BaseModel):
     rounds: int = Field(default=15, ge=1)
     cohort: int = Field(default=5, ge=1)
     evaluate_every: int = Field(default=1, ge=0)
+    final_mean_of: int = Field(default=1, ge=1)
     min_success: float = Field(default=0.5, ge=0, le=1)
     max_update_norm: float = Field(default=1e4, gt=0)
     target: float | None = Field(default=None, allow_inf_nan=False)
@@ -112,6 +116,11 @@ class RunConfig(BaseModel):
         clients = self.partition.clients
         if clients is not None and self.cohort > clients:
             raise FederaError(f"cohort: {self.cohort} clients a round, but partition.clients is {clients}")
+        if self.final_mean_of > (most := evaluations(self.rounds, self.evaluate_every)):
+            raise FederaError(
+                f"final_mean_of: expected at most {most}, the evaluations that rounds={self.rounds} and "
+                f"evaluate_every={self.evaluate_every} make, got {self.final_mean_of}"
+            )
         if self.privacy is not None:
             require_accounting()
             if self.aggregator != Mean(weighted=False):
@@ -148,6 +157,11 @@ class RunConfig(BaseModel):
         for key, value in changes.items():
             set_key(raw, key, value)
         return parse_config(raw)
+
+
+def evaluations(rounds: int, every: int) -> int:
+    """Return how often a run evaluates: after `every` so many rounds (0 for never) and after the last."""
+    return math.ceil(rounds / every) if every else 1
 
 
 def absolute(path: str | None, folder: Path | None = None) -> str | None:

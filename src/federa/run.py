@@ -333,7 +333,7 @@ def _summarise(loop: _Loop, state: ServerState) -> dict[str, Any]:
     return {
         "metric": metric,
         "head": config.method.head,
-        "final": scored[-1][metric],
+        "final": float(np.mean([r[metric] for r in scored[-config.final_mean_of :]])),
         "best": best[metric],
         "best_round": best["round"],
         "rounds": state.round,

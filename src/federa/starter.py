@@ -26,6 +26,7 @@ seed: 0                 # of everything random
 rounds: 20              # of federated training
 cohort: {cohort}               # clients drawn for each round
 evaluate_every: 1       # rounds; 0 evaluates at the end only
+# final_mean_of: 5      # evaluations, the last ones, whose mean is the final score
 # target: 0.9           # stop when the metric reaches this
 
 model:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from federa.config import RunConfig, load_config, load_listed, parse_override, read_yaml, set_key
+from federa.config import RunConfig, evaluations, load_config, load_listed, parse_override, read_yaml, set_key
 from federa.data.partition import PARTITIONERS
 from federa.methods import METHODS
 from federa.registry import explain
@@ -186,13 +186,18 @@ class Comparison:
     def tuning(self, setting: Setting, method: str, lr: float, rounds: int) -> Cell:
         """Return one tuning run: the first seed, judged on held-out training examples."""
         held = setting.config.data.validation_fraction or DEFAULT_HOLD_OUT
-        config = _config(setting.config, method, self.grid.seeds[0], lr).replace(
+        # Judged as a run is: where that takes several evaluations, so does this.
+        several = setting.config.final_mean_of > 1
+        every = setting.config.evaluate_every if several else 0
+        config = _config(setting.config, method, self.grid.seeds[0], lr)
+        config = config.replace(
             **{
                 "rounds": rounds,
+                "final_mean_of": min(config.final_mean_of, evaluations(rounds, every)),
                 "data.evaluate_on": "validation",
                 "data.validation_fraction": 0.0 if setting.config.data.validation else held,
                 "diagnostics": False,
-                "evaluate_every": 0,
+                "evaluate_every": every,
                 "track": [],
             }
         )
