@@ -104,6 +104,7 @@ class Sampler:
     peak_pss: int = 0
     _cpu_at: float = 0.0
     _pss_at: float = 0.0
+    _began: float = field(default_factory=time.monotonic)
 
     def sample(self) -> None:
         """Look at what is due."""
@@ -115,7 +116,8 @@ class Sampler:
         for process in tree:
             self.cpu[process.pid, process.born] = process.cpu
         if now >= self._pss_at:
-            self._pss_at = now + PSS_EVERY
+            # Soon again at first: a process that has not become its program yet is a few pages.
+            self._pss_at = now + min(PSS_EVERY, max(0.1, now - self._began))
             self.peak_pss = max(self.peak_pss, sum(pss(process.pid) for process in tree))
 
 

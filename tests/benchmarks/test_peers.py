@@ -136,7 +136,7 @@ class TestMeasure:
         assert got["returncode"] == 0
         assert got["cpu"] >= 0.8, "the daemon's are among them"
         assert got["wall"] >= 0.8
-        assert got["peak_pss"] > 1_000_000  # of the first sample: a short run has no other
+        assert got["peak_pss"] > 60_000_000, "held by the leader"
 
     def test_what_runs_too_long_or_stays_behind_is_ended(self):
         got = measured("import time; time.sleep(600)", timeout=1)
