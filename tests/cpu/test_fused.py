@@ -209,6 +209,50 @@ def test_attention_is_the_same_for_any_number_of_threads_and_lets_nan_through(li
     assert not y[1].isnan().any()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("length", "width"), [(64, 32), (33, 24), (200, 64), (5, 7), (1, 32)])
+@pytest.mark.parametrize("rate", [0.0, 0.2])
+def test_attention_of_one_query(
+    library: CDLL, dtype: torch.dtype, length: int, width: int, rate: float, threads: int
+) -> None:
+    batch, heads = 3, 2
+    tensors = [leaf(batch, keys, heads, width, dtype=dtype) for keys in (1, length, length)]
+    q, k, v = (t.transpose(1, 2) for t in tensors)
+    mask = torch.zeros(batch, length)
+    mask[1, length // 2 + 1 :] = torch.finfo(dtype).min
+    mask[2] = torch.finfo(dtype).min  # hidden altogether: all keys alike
+    with torch_seeded(4):
+        y = fused.OneQueryAttention.apply(library, q, k, v, mask, width**-0.5, rate)
+    with torch_seeded(4):
+        kept = fused.Dropout.apply(library, torch.ones(batch, heads, 1, length), rate).double()
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    doubles = doubled(*tensors)
+    q2, k2, v2 = (t.transpose(1, 2) for t in doubles)
+    seen = torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64)[:, None, None, None]
+    hidden = torch.where(seen > 0, mask.double()[:, None, None], 0.0)
+    scores = q2 @ k2.transpose(2, 3) * width**-0.5
+    scores = scores * seen + (scores - scores.detach()) * (1 - seen) + hidden
+    truth = (scores.softmax(-1) * kept @ v2).transpose(1, 2)
+    truth.backward(grad.double())
+    assert y.shape == (batch, 1, heads, width)
+    assert distance(y, truth) < TOLERANCE[dtype]
+    for ours, theirs in zip(tensors, doubles, strict=True):  # of one key the weight is 1
+        assert distance(ours.grad, theirs.grad, 0.3 * float(grad.float().norm())) < 2 * TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_of_one_query_lets_nan_through(library: CDLL, dtype: torch.dtype) -> None:
+    q, k, v = torch.randn(2, 3, 1, 32).to(dtype), *torch.randn(2, 2, 3, 9, 32).to(dtype)
+    for tensor in (k, v):
+        broken = tensor.clone()
+        broken[1, 1, 4, 0] = float("nan")
+        pair = (broken, v) if tensor is k else (k, broken)
+        y = fused.OneQueryAttention.apply(library, q, *pair, None, 0.2, 0.0)
+        assert y[1, 0, 1].isnan().any()
+        assert not y[0].isnan().any()
+
+
 def test_other_dtypes_and_mixtures_are_left_to_torch() -> None:
     x = torch.zeros(2)
     assert fused.takes(x, x)

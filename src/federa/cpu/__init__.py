@@ -65,31 +65,36 @@ def cpu_attention(  # noqa: PLR0917
     scale = width**-0.5 if scaling is None else scaling
     rate = dropout if module.training else 0.0
     library = native.load()
-    if library is not None and _fits_tiles(library, query, key, value, attention_mask):
-        mask = (
-            None
-            if attention_mask is None
-            else attention_mask.float().expand(batch, 1, 1, length).contiguous()
-        )
-        return cast("Tensor", fused.Attention.apply(library, query, key, value, mask, scale, rate)), None
+    if library is not None and _fits_kernels(query, key, value, attention_mask):
+        function = fused.OneQueryAttention if length == 1 else fused.Attention
+        if length == 1 or _fits_tiles(library, query, key):
+            keys = key.shape[2]
+            mask = None
+            if attention_mask is not None:
+                mask = attention_mask.float().expand(batch, 1, 1, keys).contiguous()
+            return cast("Tensor", function.apply(library, query, key, value, mask, scale, rate)), None
     dtype = query.dtype
-    if length == 1:  # of the first token alone: next to no work, so with scores in float32, as on the tiles
+    if length == 1:  # of the first token alone: next to no work, so with scores in float32, as in the kernels
         query, key, value = query.float(), key.float(), value.float()
     q, k, v = (t.reshape(batch * heads, t.shape[2], width) for t in (query * scale, key, value))
     out = plain.PlainAttention.apply(q, k, v, attention_mask, rate).to(dtype)
     return cast("Tensor", out).view(batch, heads, length, width).transpose(1, 2), None
 
 
-def _fits_tiles(library: CDLL, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
-    """Return whether the attention on matrix tiles takes this: bf16, and a mask over keys alone."""
+def _fits_kernels(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+    """Return whether the kernels take these heads: as many of all kinds, and a mask over keys alone."""
     return (
-        bool(library.has_tiles())
-        and fused.takes(query, key, value)
-        and query.dtype == torch.bfloat16
-        and query.shape == key.shape == value.shape
+        fused.takes(query, key, value)
+        and query.shape[:2] == key.shape[:2]
+        and key.shape == value.shape
         and all(t.stride(-1) == 1 for t in (query, key, value))
         and (mask is None or mask.shape[1:3] == (1, 1))
     )
+
+
+def _fits_tiles(library: CDLL, query: Tensor, key: Tensor) -> bool:
+    """Return whether the attention on matrix tiles takes what fits the kernels."""
+    return bool(library.has_tiles()) and query.dtype == torch.bfloat16 and query.shape == key.shape
 
 
 def key_mask(  # noqa: PLR0917

@@ -265,8 +265,8 @@ class LinearLowRank(Stackable):
             )
         else:  # nothing below trains
             d_x, d_low = None, (grad @ B).mul_(ctx.scale)
-        d_A = d_low.mT @ x if needs[3] else None
-        d_B = grad.mT @ low if needs[4] else None
+        d_A = _sum_of_products(matrix.library, d_low, x) if needs[3] else None
+        d_B = _sum_of_products(matrix.library, low, grad, transposed=True) if needs[4] else None
         return None, d_x, None, d_A, d_B, None
 
     @staticmethod
@@ -303,3 +303,15 @@ def _multiply_low_rank(  # noqa: PLR0917
         factors = (one, other, int(transposed), rank, scale, narrow)
         library.linear(own, None, at(matrix), at(bias), out, *shape, *factors, torch.get_num_threads())
     return y, low
+
+
+def _sum_of_products(library: CDLL, thin: Tensor, wide: Tensor, *, transposed: bool = False) -> Tensor:
+    """Return thin' wide, `(rank, width)`, or that transposed; for one client or for each."""
+    thin, wide = thin.contiguous(), wide.contiguous()
+    (rows, rank), width = thin.shape[-2:], wide.shape[-1]
+    sides = (width, rank) if transposed else (rank, width)
+    out = thin.new_empty(*thin.shape[:-2], *sides)
+    several = (thin, wide, out)
+    for client in zip(*several, strict=True) if thin.ndim == 3 else [several]:
+        library.sum_of_products(*map(at, client), rows, rank, width, int(transposed), torch.get_num_threads())
+    return out

@@ -207,3 +207,44 @@ class Attention(torch.autograd.Function):  # type: ignore[misc, unused-ignore]
         tensors = map(at, (q, k, v, strides, mask, out, lse, grad, d_q, d_k, d_v))
         ctx.library.attention_backward(*tensors, *ctx.numbers, torch.get_num_threads())
         return None, d_q.transpose(1, 2), d_k.transpose(1, 2), d_v.transpose(1, 2), None, None, None
+
+
+class OneQueryAttention(torch.autograd.Function):  # type: ignore[misc, unused-ignore]
+    """softmax(scale * q K^T + mask), dropped out, times V, for one query a head.
+
+    Takes (library, q, k, v, mask, scale, rate): q `(batch, heads, 1, width)`, k and v `(batch, heads, length,
+    width)` with neighbours in the last dimension, the mask `(batch, length)` float32 over keys or None.
+    Gives `(batch, 1, heads, width)`.
+    """
+
+    @staticmethod
+    def forward(  # noqa: D102, PLR0917
+        ctx: Any,
+        library: CDLL,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        scale: float,
+        rate: float,
+    ) -> Tensor:
+        batch, heads, length, width = k.shape
+        out, weights = q.new_empty(batch, 1, heads, width), torch.empty(batch, heads, length)
+        strides = torch.tensor([step for t in (q, k, v) for step in t.stride()[:3]])
+        ctx.library, ctx.numbers = library, (batch, heads, length, width, scale, rate, seed_of(rate))
+        tensors = map(at, (q, k, v, strides, mask, out, weights))
+        getattr(library, f"attention_one_{_NAMES[q.dtype]}")(*tensors, *ctx.numbers, torch.get_num_threads())
+        ctx.save_for_backward(q, k, v, strides, weights)
+        return out
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
+        q, k, v, strides, weights = ctx.saved_tensors
+        batch, heads, length, width = k.shape
+        grad, d_q = grads[0].contiguous(), q.new_empty(batch, 1, heads, width)
+        d_k, d_v = (k.new_empty(batch, length, heads, width) for _ in range(2))
+        tensors = map(at, (q, k, v, strides, weights, grad, d_q, d_k, d_v))
+        function = getattr(ctx.library, f"attention_one_backward_{_NAMES[q.dtype]}")
+        function(*tensors, *ctx.numbers, torch.get_num_threads())
+        return None, d_q.transpose(1, 2), d_k.transpose(1, 2), d_v.transpose(1, 2), None, None, None

@@ -296,6 +296,112 @@ template <class T> void dropout(const T *x, T *y, int64_t size, float rate, uint
     }
 }
 
+// ---- attention ----
+
+struct Shape {
+    int64_t batch, heads, length, width;
+};
+
+// Whether a batch element's keys are all hidden. The lowest number added to each of its scores swallows them: the
+// weights are equal, and the log of their sum is lost beside that number. So such an element gets scores of zero
+// and no mask.
+bool all_hidden(const float *bias, int64_t length) {
+    return bias && *std::max_element(bias, bias + length) < -1e30f;
+}
+
+struct Strides {  // in numbers, of (batch, head, position)
+    int64_t b, h, t;
+    int64_t at(int64_t batch, int64_t head) const { return batch * b + head * h; }
+};
+
+// The sum over a head's width.
+template <class A, class B> inline float dot(const A *a, const B *b, int64_t width) {
+    Floats sum = {};
+    sweep(width, [&](int64_t i, auto count) { sum += load(a + i, count) * load(b + i, count); });
+    return sum_of(sum);
+}
+
+// For one query a head: softmax(scale * q K' + bias), dropped out, times V. `weights` (batch, heads, length) is kept for
+// the backward pass, without dropout; out is (batch, heads, width).
+template <class T>
+void attend_one(Shape s, const T *q, Strides qs, const T *k, Strides ks, const T *v, Strides vs, const float *bias, T *out,
+                float *weights, float scale, float rate, uint64_t seed, int threads) {
+    const Dropout drop(seed, rate);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        Row sums(s.width), dropped(s.length);
+#pragma omp for
+        for (int64_t bh = 0; bh < s.batch * s.heads; bh++) {
+            const int64_t b = bh / s.heads, head = bh % s.heads;
+            const float *own = bias ? bias + b * s.length : nullptr;
+            const T *query = q + qs.at(b, head), *keys = k + ks.at(b, head), *values = v + vs.at(b, head);
+            float *p = weights + bh * s.length, top = -INFINITY, sum = 0;
+            if (all_hidden(own, s.length)) std::fill(p, p + s.length, 0.0f);
+            else {
+                for (int64_t c = 0; c < s.length; c++) {
+                    p[c] = dot(query, keys + c * ks.t, s.width) * scale + (own ? own[c] : 0.0f);
+                }
+            }
+            for (int64_t c = 0; c < s.length; c++) top = p[c] > top ? p[c] : top;
+            sweep(s.length, [&](int64_t c, auto count) { store(p + c, exponential(load(p + c, count) - top), count); });
+            for (int64_t c = 0; c < s.length; c++) sum += p[c];
+            std::fill(sums.data, sums.data + s.width, 0.0f);
+            sweep(s.length, [&](int64_t c, auto count) {
+                Floats x = load(p + c, count) / sum;
+                store(p + c, x, count);
+                store(dropped.data + c, rate > 0 ? drop(x, uint32_t(bh * s.length + c)) : x, count);
+            });
+            for (int64_t c = 0; c < s.length; c++) {
+                const Floats weight = Floats{} + dropped.data[c];
+                sweep(s.width, [&](int64_t i, auto count) {
+                    store(sums.data + i, load(sums.data + i, count) + weight * load(values + c * vs.t + i, count), count);
+                });
+            }
+            sweep(s.width, [&](int64_t i, auto count) { store(out + bh * s.width + i, load(sums.data + i, count), count); });
+        }
+    }
+}
+
+// grad and dq are (batch, heads, width), dk and dv (batch, length, heads, width), all contiguous.
+template <class T>
+void attend_one_backward(Shape s, const T *q, Strides qs, const T *k, Strides ks, const T *v, Strides vs,
+                         const float *weights, const T *grad, T *dq, T *dk, T *dv, float scale, float rate, uint64_t seed,
+                         int threads) {
+    const Dropout drop(seed, rate);
+    const int64_t step = s.heads * s.width;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        Row sums(s.width), dropped(s.length), d_scores(s.length);
+#pragma omp for
+        for (int64_t bh = 0; bh < s.batch * s.heads; bh++) {
+            const int64_t b = bh / s.heads, head = bh % s.heads, origin = b * s.length * step + head * s.width;
+            const T *query = q + qs.at(b, head), *keys = k + ks.at(b, head), *values = v + vs.at(b, head);
+            const T *g = grad + bh * s.width;
+            const float *p = weights + bh * s.length;
+            float *d = d_scores.data, delta = 0;
+            for (int64_t c = 0; c < s.length; c++) d[c] = dot(g, values + c * vs.t, s.width);
+            sweep(s.length, [&](int64_t c, auto count) {
+                const uint32_t first = uint32_t(bh * s.length + c);
+                Floats weight = load(p + c, count), x = load(d + c, count);
+                store(d + c, rate > 0 ? drop(x, first) : x, count);
+                store(dropped.data + c, rate > 0 ? drop(weight, first) : weight, count);
+            });
+            for (int64_t c = 0; c < s.length; c++) delta += p[c] * d[c];
+            for (int64_t c = 0; c < s.length; c++) d[c] = p[c] * (d[c] - delta) * scale;
+            std::fill(sums.data, sums.data + s.width, 0.0f);
+            for (int64_t c = 0; c < s.length; c++) {
+                const Floats x = Floats{} + d[c], weight = Floats{} + dropped.data[c];
+                sweep(s.width, [&](int64_t i, auto count) {
+                    store(sums.data + i, load(sums.data + i, count) + x * load(keys + c * ks.t + i, count), count);
+                    store(dk + origin + c * step + i, x * load(query + i, count), count);
+                    store(dv + origin + c * step + i, weight * load(g + i, count), count);
+                });
+            }
+            sweep(s.width, [&](int64_t i, auto count) { store(dq + bh * s.width + i, load(sums.data + i, count), count); });
+        }
+    }
+}
+
 }  // namespace
 
 #ifdef WITH_TILES
@@ -511,22 +617,6 @@ void softmax_backward_row(const float *scores, const float *d_weights, const flo
         store(weights + c, drops ? drop(weight, first + uint32_t(c) * step, step) : weight);
     }
 }
-
-struct Shape {
-    int64_t batch, heads, length, width;
-};
-
-// Whether a batch element's keys are all hidden. The lowest number added to each of its scores swallows them: the
-// weights are equal, and the log of their sum is lost beside that number. So such an element gets scores of zero
-// and no mask.
-bool all_hidden(const float *bias, int64_t length) {
-    return bias && *std::max_element(bias, bias + length) < -1e30f;
-}
-
-struct Strides {  // in numbers, of (batch, head, position)
-    int64_t b, h, t;
-    int64_t at(int64_t batch, int64_t head) const { return batch * b + head * h; }
-};
 
 void attend(Shape s, const bf16 *q, Strides qs, const bf16 *k, Strides ks, const bf16 *v, Strides vs, const float *bias,
             bf16 *out, float *lse, float scale, float rate, uint64_t seed, int threads) {
@@ -791,6 +881,70 @@ void product(Rows x, const bf16 *W, int64_t n, const Factors *low, int threads, 
     }
 }
 
+// ---- A' B, for long and thin A: sums over rows ----
+
+constexpr int64_t WIDE = 6;  // tiles of 16 columns of B at a time, one accumulator each
+
+// A' (rank x rows) as tiles, for each 16 of rank and each 32 rows one; what is beyond an end is zero.
+void pack_thin(const bf16 *A, bf16 *to, int64_t rows, int64_t rank) {
+    for (int64_t c = 0; c < rank; c += 16) {
+        const int64_t count = std::min<int64_t>(16, rank - c);
+        for (int64_t from = 0; from < rows; from += 32, to += TILE) {
+            uint32_t pairs[256] = {};
+            for (int64_t r = from; r < std::min(from + 32, rows); r += 2) {
+                bf16 even[16] = {}, odd[16] = {};
+                std::memcpy(even, A + r * rank + c, count * 2);
+                if (r + 1 < rows) std::memcpy(odd, A + (r + 1) * rank + c, count * 2);
+                interleave(even, odd, pairs + (r - from) / 2 * 16);
+            }
+            transpose_words(pairs, 16, reinterpret_cast<uint32_t *>(to), 16);
+        }
+    }
+}
+
+// C (16 x 96 float32) = the tiles of 16 of rank * columns of B, of which `tiles` times 16 are there.
+void sum_rows(const bf16 *thin, const bf16 *B, float *C, int64_t rows, int64_t n, int64_t tiles, bf16 *packed) {
+    const bf16 none[16] = {};
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    _tile_zero(4);
+    _tile_zero(5);
+    for (int64_t from = 0; from < rows; from += 32, thin += TILE) {
+        for (int64_t p = 0; p < 16; p++) {
+            const int64_t r = from + 2 * p;
+            const bf16 *even = B + r * n, *odd = even + n;
+            for (int64_t t = 0; t < tiles; t++) {
+                interleave(r < rows ? even + 16 * t : none, r + 1 < rows ? odd + 16 * t : none,
+                           reinterpret_cast<uint32_t *>(packed + t * TILE) + 16 * p);
+            }
+        }
+        settle();
+        _tile_loadd(6, thin, 64);
+        _tile_loadd(7, packed, 64);
+        _tile_dpbf16ps(0, 6, 7);
+        _tile_loadd(7, packed + TILE, 64);
+        _tile_dpbf16ps(1, 6, 7);
+        _tile_loadd(7, packed + 2 * TILE, 64);
+        _tile_dpbf16ps(2, 6, 7);
+        _tile_loadd(7, packed + 3 * TILE, 64);
+        _tile_dpbf16ps(3, 6, 7);
+        _tile_loadd(7, packed + 4 * TILE, 64);
+        _tile_dpbf16ps(4, 6, 7);
+        _tile_loadd(7, packed + 5 * TILE, 64);
+        _tile_dpbf16ps(5, 6, 7);
+    }
+    const int64_t row = WIDE * 16 * 4;
+    _tile_stored(0, C, row);
+    _tile_stored(1, C + 16, row);
+    _tile_stored(2, C + 32, row);
+    _tile_stored(3, C + 48, row);
+    _tile_stored(4, C + 64, row);
+    _tile_stored(5, C + 80, row);
+    settle();
+}
+
 }  // namespace
 #endif
 
@@ -811,6 +965,20 @@ extern "C" {
     }                                                                                                                  \
     void dropout_##name(const T *x, T *y, int64_t size, float rate, uint64_t seed, int threads) {                      \
         dropout(x, y, size, rate, seed, threads);                                                                      \
+    }                                                                                                                  \
+    /* strides: of q, k and v, in numbers, each (batch, head, position) */                                             \
+    void attention_one_##name(const T *q, const T *k, const T *v, const int64_t *x, const float *bias, T *out,         \
+                              float *weights, int64_t batch, int64_t heads, int64_t length, int64_t width,             \
+                              float scale, float rate, uint64_t seed, int threads) {                                   \
+        attend_one({batch, heads, length, width}, q, {x[0], x[1], x[2]}, k, {x[3], x[4], x[5]}, v,                     \
+                   {x[6], x[7], x[8]}, bias, out, weights, scale, rate, seed, threads);                                \
+    }                                                                                                                  \
+    void attention_one_backward_##name(const T *q, const T *k, const T *v, const int64_t *x, const float *weights,     \
+                                       const T *grad, T *dq, T *dk, T *dv, int64_t batch, int64_t heads,               \
+                                       int64_t length, int64_t width, float scale, float rate, uint64_t seed,          \
+                                       int threads) {                                                                  \
+        attend_one_backward({batch, heads, length, width}, q, {x[0], x[1], x[2]}, k, {x[3], x[4], x[5]}, v,            \
+                            {x[6], x[7], x[8]}, weights, grad, dq, dk, dv, scale, rate, seed, threads);                \
     }
 FOR_BOTH(MAKE_FUNCTIONS)
 
@@ -860,6 +1028,36 @@ void linear(const bf16 *x, const bf16 *times, const bf16 *W, const bf16 *bias, b
             store(y + row * n + i, sum, count);
         });
     });
+}
+
+// out = A' B, (rank x n), or `transposed` (n x rank); A is (rows x rank), B (rows x n), n a multiple of 16.
+void sum_of_products(const bf16 *A, const bf16 *B, bf16 *out, int64_t rows, int64_t rank, int64_t n, int transposed,
+                     int threads) {
+    const int64_t depth = (rows + 31) / 32 * TILE;
+    Arena shared(2 * depth * ((rank + 15) / 16) + 4096, false);
+    bf16 *thin = shared.take<bf16>(depth * ((rank + 15) / 16));
+    pack_thin(A, thin, rows, rank);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        _tile_loadconfig(&tile_config);
+        Arena arena(2 * WIDE * TILE + 4 * WIDE * 256 + 4096);
+        bf16 *packed = arena.take<bf16>(WIDE * TILE);
+        float *C = arena.take<float>(WIDE * 256);
+#pragma omp for
+        for (int64_t j = 0; j < n; j += 16 * WIDE) {
+            const int64_t tiles = std::min(WIDE, (n - j) / 16);
+            for (int64_t c = 0; c < rank; c += 16) {
+                sum_rows(thin + c / 16 * depth, B + j, C, rows, n, tiles, packed);
+                for (int64_t r = 0; r < std::min<int64_t>(16, rank - c); r++) {
+                    bf16 row[16 * WIDE];
+                    sweep(16 * tiles, [&](int64_t i, auto count) { store(row + i, load(C + r * 16 * WIDE + i, count), count); });
+                    if (!transposed) std::memcpy(out + (c + r) * n + j, row, 32 * tiles);
+                    else for (int64_t i = 0; i < 16 * tiles; i++) out[(j + i) * rank + c + r] = row[i];
+                }
+            }
+        }
+        _tile_release();
+    }
 }
 
 // y = GELU(x W + bias), and the slope there; bias and slope may be null.

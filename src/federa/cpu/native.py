@@ -154,18 +154,23 @@ def _bind(library: ctypes.CDLL) -> ctypes.CDLL:
             "norm": [p] * 8 + [i64, i64, f32, f32, u64, i32],
             "norm_backward": [p] * 6 + [i64, i64, f32, u64, i32],
             "dropout": [p, p, i64, f32, u64, i32],
+            "attention_one": [p] * 7 + [i64] * 4 + [f32, f32, u64, i32],
+            "attention_one_backward": [p] * 9 + [i64] * 4 + [f32, f32, u64, i32],
         }.items():
             function = getattr(library, f"{name}_{dtype}")
             function.argtypes, function.restype = types, None
     if library.has_tiles():
-        library.attention.argtypes = [p] * 7 + [i64] * 4 + [f32, f32, u64, i32]
-        library.attention_backward.argtypes = [p] * 11 + [i64] * 4 + [f32, f32, u64, i32]
-        library.pack.argtypes = [p, p, i64, i64, i32]
-        library.linear.argtypes = [p] * 5 + [i64] * 3 + [p, p, i32, i64, f32, p, i32]
-        library.linear_gelu.argtypes = [p] * 5 + [i64] * 3 + [i32]
-        library.linear_norm.argtypes = [p] * 9 + [i64] * 3 + [f32, f32, u64, i32]
-        for name in ("attention", "attention_backward", "pack", "linear", "linear_gelu", "linear_norm"):
-            getattr(library, name).restype = None
+        for name, types in {
+            "attention": [p] * 7 + [i64] * 4 + [f32, f32, u64, i32],
+            "attention_backward": [p] * 11 + [i64] * 4 + [f32, f32, u64, i32],
+            "pack": [p, p, i64, i64, i32],
+            "linear": [p] * 5 + [i64] * 3 + [p, p, i32, i64, f32, p, i32],
+            "linear_gelu": [p] * 5 + [i64] * 3 + [i32],
+            "linear_norm": [p] * 9 + [i64] * 3 + [f32, f32, u64, i32],
+            "sum_of_products": [p] * 3 + [i64] * 3 + [i32, i32],
+        }.items():
+            function = getattr(library, name)
+            function.argtypes, function.restype = types, None
     return library
 
 
