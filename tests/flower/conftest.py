@@ -54,7 +54,7 @@ class LocalPost:
         self.nodes = {node: make() for node, make in self.start.items()}
         self.off, self.back, self.slow, self.looks = set(), {}, {}, 0
         self.spoil, self.lose, self.lose_answers = {}, {}, {}
-        self.replies, self.sent = [], []
+        self.replies, self.sent, self.forgotten, self.longest = [], [], [], 0
 
     def restart(self, node):
         self.nodes[node] = self.start[node]()
@@ -86,6 +86,9 @@ class LocalPost:
         ready = [one for one in self.replies if one[1].ticket in tickets and one[0] <= self.looks]
         self.replies = [one for one in self.replies if one not in ready]
         return [reply for _, reply in ready]
+
+    def forget(self, ticket):
+        self.forgotten.append(ticket)
 
     @staticmethod
     def _taken(left, node):

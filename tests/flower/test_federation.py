@@ -173,6 +173,59 @@ def test_what_a_slow_node_answers_twice_counts_once_and_in_its_turn(three):
     assert place.post.kinds(CLIENTS[others[0]]) == ["hello", *3 * ["train"]]
 
 
+def test_what_comes_after_a_round_is_put_away(three):
+    """A SuperLink keeps in memory what nobody takes."""
+    experiment, config, place = three({"ask_again": 0.05}, rounds=3)
+    place.built = lambda: place.post.slow.update({CLIENTS[1]: 20})
+    check_equal(run(config, place=place), simulator(experiment.config))
+    assert place.post.kinds(CLIENTS[1]).count("train") > 3
+    assert {json.loads(reply.header)["round"] for _, reply in place.post.replies} <= {3}
+
+
+def test_what_is_never_answered_is_given_up(three):
+    _, config, place = three({"round": 0.2}, rounds=4, min_success=0.6)
+    place.built = lambda: place.post.lose.update({CLIENTS[1]: 1000})
+    run(config, place=place)
+    asked = [
+        str(i) for i, (node, kind) in enumerate(place.post.sent) if (node, kind) == (CLIENTS[1], "train")
+    ]
+    assert place.post.forgotten and place.post.forgotten == asked[: len(place.post.forgotten)]
+
+
+def once(kind, header):
+    """Return what puts other bytes in the place of a node's first answer of a kind."""
+    left = [kind]
+    return lambda *own: (header, b"") if json.loads(own[0])["kind"] in left and left.pop() else own
+
+
+def test_garbage_is_asked_for_again_where_a_round_waits_for_all(three):
+    told = []
+    experiment, config, place = three({"round": 0.1}, min_success=1.0, told=told.append)
+    place.post.spoil[CLIENTS[1]] = once("trained", b"garbage")
+    check_equal(run(config, place=place), simulator(experiment.config))
+    assert [line for line in told if line.startswith("round 1: client 1: message: damaged")]
+
+
+def test_a_garbled_hello_is_asked_for_again(three):
+    told = []
+    experiment, config, place = three(told=told.append)
+    place.post.spoil[CLIENTS[1]] = once("here", b"garbage")
+    check_equal(run(config, place=place), simulator(experiment.config))
+    (line,) = [line for line in told if "damaged" in line]
+    assert line.startswith(f"node {CLIENTS[1]}: ") and line.endswith("; it is asked again")
+    assert place.post.kinds(CLIENTS[1])[:2] == ["hello", "hello"]
+
+
+def test_a_client_whose_key_is_gone_keeps_no_round_waiting(three):
+    """As after `--resume` without its key: what it trains on is known, but nobody may speak for it."""
+    experiment, config, place = three({"round": 60})
+    place._rows = [len(part) for part in experiment.parts]
+    del place.seats[1]
+    found = run(config, place=place)
+    check_simulated(found, experiment, absent={(1, 1), (2, 1)})
+    assert [v["1"] for v in verdicts(found)] == 2 * ["it has no key here"]
+
+
 def test_updates_are_handed_on_while_others_are_awaited(three):
     """A server keeps those alone whose turn has not come."""
     experiment, config, place = three({"ask_again": 1000}, rounds=1)
@@ -633,7 +686,10 @@ def test_two_nodes_that_say_they_are_the_same_client_are_named(three):
 
 
 def test_a_node_that_says_it_has_more_rows_than_there_can_be_is_a_line(three):
-    _, config, place = three()
+    lines = []
+    _, config, place = three({"start": 0.5}, told=lines.append)
     told = json.dumps({"kind": "here", "client": 1, "rows": 10**15}).encode()
     place.post.spoil[CLIENTS[1]] = lambda *_: (told, b"")
-    assert "rows" in line_of(config, place)
+    assert "waiting for 1 of 3 nodes: 1" in line_of(config, place)
+    (line,) = [line for line in lines if "rows" in line]
+    assert line.startswith(f"node {CLIENTS[1]}: ")

@@ -6,6 +6,7 @@ import base64
 import httpx
 import pytest
 
+from federa.flower import gateway
 from federa.flower.certs import make_certificates, node_keys
 from federa.flower.gateway import AT_ONCE, KEY, SMALL, make_gateway
 
@@ -33,6 +34,18 @@ def ask(tmp_path):
         return asyncio.run(main())
 
     return send
+
+
+@pytest.fixture(autouse=True)
+def _nobody_told(monkeypatch):
+    monkeypatch.setattr(gateway, "_told", set())
+
+
+def test_a_flood_of_refusals_is_cut(capsys):
+    for number in 2 * list(range(3 * gateway.MOST_REFUSALS)):
+        gateway._refused(f"10.0.0.{number}", "no key")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(set(lines)) == gateway.MOST_REFUSALS
 
 
 def said(content=b"", status=200, **headers):

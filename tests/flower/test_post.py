@@ -1,10 +1,13 @@
 """Answers are taken as far as they have come: whoever breaks off, or is slow, keeps nobody waiting."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from federa.flower import post
 from federa.flower.post import FlowerPost
 from federa.flower.records import WHOLE, Message, pack
+from federa.types import RoundFailedError
 
 # ruff: isort: split
 from flwr.app import Error, RecordDict
@@ -21,7 +24,7 @@ class SuperLink:
 
     def __init__(self):
         self.announced, self.pieces, self.confirmed, self.asked = {}, {}, [], []
-        self._runtime_client, self.node = self, Node(node_id=1)
+        self._runtime_client, self.node, self.run = self, Node(node_id=1), SimpleNamespace(run_id=5)
 
     def answer(self, content, **words):
         """Announce an answer, and return its ticket and its pieces' ids, the message's own first."""
@@ -64,11 +67,17 @@ def link(monkeypatch):
     return SuperLink()
 
 
+def carrier_of(link, longest=64 << 20):
+    carrier = FlowerPost(link)
+    carrier.longest = longest
+    return carrier
+
+
 @pytest.mark.parametrize("size", [0, 1, WHOLE, WHOLE + 1, 3 * WHOLE])
 def test_what_was_packed_arrives(link, size):
     tensors = bytes(i % 251 for i in range(100)) * (size // 100) + b"x" * (size % 100)
     ticket, ids = link.answer(pack(b"header", tensors))
-    (reply,) = FlowerPost(link).collect([ticket, "of nobody"])
+    (reply,) = carrier_of(link).collect([ticket, "of nobody"])
     assert (reply.ticket, reply.header, reply.tensors, reply.error) == (ticket, b"header", tensors, "")
     assert link.confirmed == ids[:1]
 
@@ -95,7 +104,7 @@ def test_an_answer_that_breaks_off_is_lost(link):
     assert carrier.collect([ticket]) == []
     del link.pieces[ids[-1]]
     (reply,) = carrier.collect([ticket])
-    assert reply.error == "its answer broke off" and not link.confirmed
+    assert reply.error == "its answer broke off" and link.confirmed == ids[:1]
 
 
 def test_an_answer_that_is_no_message_harms_nobody(link):
@@ -116,7 +125,47 @@ def test_an_answer_in_too_many_pieces_is_refused(link, monkeypatch):
     monkeypatch.setattr(post, "MOST_PIECES", 3)
     ticket, _ = link.answer(pack(b"header", b"x"))
     (reply,) = FlowerPost(link).collect([ticket])
-    assert reply.error == "an answer in 4 pieces"
+    assert reply.error == "an answer in more than 3 pieces" and len(link.confirmed) == 1
+
+
+def test_an_answer_that_is_too_long_is_refused(link, monkeypatch):
+    monkeypatch.setattr(post, "ENVELOPE", 10_000)
+    carrier = carrier_of(link, 3 * WHOLE)
+    fits, _ = link.answer(pack(b"fits", b"".join(bytes([n]) * WHOLE for n in range(3))))
+    long, ids = link.answer(pack(b"long", b"".join(bytes([n]) * (WHOLE + 7000) for n in range(3))))
+    one, other = carrier.collect([fits, long])
+    assert not one.error and other.error == f"an answer of more than {3 * WHOLE} bytes"
+    assert ids[0] in link.confirmed
+
+
+def test_what_nobody_asked_for_is_put_away(link):
+    """A node may address what it likes to the server; Flower hands it on beside the answers."""
+    ticket, ids = link.answer(pack(b"forged", b"x"))
+    bare, tree = link.announced.pop(ticket)
+    bare.metadata.reply_to_message_id = ""
+    asked, _ = link.answer(pack(b"good", b"y"))
+    link.PullMessages = lambda request: PullAppMessagesResponse(
+        messages_list=[bare, link.announced[asked][0]], message_object_trees=[tree, link.announced[asked][1]]
+    )
+    assert [reply.header for reply in FlowerPost(link).collect([asked])] == [b"good"]
+    assert ids[0] in link.confirmed
+
+
+def test_what_is_given_up_is_forgotten(link):
+    slow, ids = link.answer(pack(b"slow", b"x"))
+    link.pieces[ids[-1]] = b""
+    carrier = FlowerPost(link)
+    assert carrier.collect([slow]) == []
+    carrier.forget(slow)
+    assert link.confirmed == [slow]
+
+
+def test_whoever_watches_is_heard(link):
+    def gone():
+        raise RoundFailedError("gone")
+
+    with pytest.raises(RoundFailedError, match="gone"):
+        FlowerPost(link, gone).online()
 
 
 def test_few_are_held_at_once(link, monkeypatch):

@@ -27,7 +27,7 @@ from federa.flower.messages import (
     pack,
     unpack,
 )
-from federa.flower.session import NodeSession
+from federa.flower.session import SLACK_BYTES, NodeSession
 from federa.models import require_base
 from federa.run import Place
 from federa.types import FederaError, State
@@ -50,8 +50,18 @@ class Reply:
     error: str = ""
 
 
+class MismatchError(FederaError):
+    """A node's recipe, model or data are not those of the run."""
+
+
 class Post(Protocol):
-    """Carries messages to nodes and back; Flower's grid, or a test's."""
+    """Carries messages to nodes and back; Flower's grid, or a test's.
+
+    Attributes:
+        longest: bytes of tensors that an answer may have.
+    """
+
+    longest: int
 
     def online(self) -> set[int]:
         """Return the ids of the nodes that can be reached now."""
@@ -61,6 +71,9 @@ class Post(Protocol):
 
     def collect(self, tickets: Sequence[str]) -> list[Reply]:
         """Return the replies that have come, each once."""
+
+    def forget(self, ticket: str) -> None:
+        """Give a message up: neither it nor an answer to it is of use any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +172,7 @@ class Federation(Place):
         ready = prepare(config, loaded, init, cache)
         seconds["prepare"] = time.perf_counter() - began
         began = time.perf_counter()
+        self.post.longest = config.wire.size(ready.params) + SLACK_BYTES
         self.hello = Hello(
             protocol=PROTOCOL,
             version=VERSION,
@@ -194,27 +208,32 @@ class Federation(Place):
         """Greet nodes until every client has answered, and return their rows.
 
         Raises:
-            FederaError: a node's recipe, model or data do not fit, or the time is over.
+            MismatchError: a node's recipe, model or data do not fit.
+            FederaError: the time is over.
         """
         end = None if self.patience.start is None else time.monotonic() + self.patience.start
         asked: dict[str, tuple[int, float]] = {}  # the node and when it was asked, by ticket
+        refused: dict[int, float] = {}  # when a node was asked what it gave a useless answer to
         done: set[int] = set()
         lost: set[tuple[int, str]] = set()
         said = ""
         while True:
             now = time.monotonic()
-            waits = {node for node, sent in asked.values() if now - sent < self.patience.ask_again}
+            sent_to = [*asked.values(), *refused.items()]
+            waits = {node for node, sent in sent_to if now - sent < self.patience.ask_again}
             for node in self.post.online() - done - waits:
                 if not self.assigned or any(seat.node == node for seat in self.seats.values()):
                     asked[self.greet(node)] = (node, now)
             for reply in self.post.collect(list(asked)):
-                node, _ = asked.pop(reply.ticket)
-                if not reply.error:
-                    self.seat(node, reply)
+                node, sent = asked.pop(reply.ticket)
+                wrong = reply.error or self._seated(node, reply)
+                if not wrong:
                     done.add(node)
-                elif (node, reply.error) not in lost:  # once: it is asked again until it answers
-                    self.told(f"node {node}: {reply.error}; it is asked again")
-                    lost.add((node, reply.error))
+                    continue
+                refused[node] = sent  # asked again, but not at once
+                if (node, wrong) not in lost:  # told once
+                    self.told(f"node {node}: {wrong}; it is asked again")
+                    lost.add((node, wrong))
             held = [client for client, seat in self.seats.items() if seat.rows is not None]
             if len(held) == self.clients:
                 return [self.seats[client].rows or 0 for client in range(self.clients)]
@@ -230,6 +249,20 @@ class Federation(Place):
                 )
             time.sleep(self.patience.poll)
 
+    def _seated(self, node: int, reply: Reply) -> str:
+        """Take a node's answer in, and return what is wrong with it; nothing, if all is well.
+
+        Raises:
+            MismatchError: it fits, but the node does not.
+        """
+        try:
+            self.seat(node, reply)
+        except MismatchError:
+            raise
+        except FederaError as error:
+            return str(error)
+        return ""
+
     def greet(self, node: int) -> str:
         """Say hello to a node, and return the ticket."""
         assert self.hello is not None
@@ -239,25 +272,28 @@ class Federation(Place):
         """Take a node's answer to `Hello` in.
 
         Raises:
-            FederaError: it cannot take part.
+            MismatchError: it cannot take part.
+            FederaError: it is no answer, or another node has taken the client's part.
         """
         said, _ = unpack(reply.header, reply.tensors, Here, Refused)
         client = next((c for c, seat in self.seats.items() if seat.node == node), None)
         if isinstance(said, Refused):
             who = f"node {node}" if client is None else f"client {client}"
-            raise FederaError(f"{who} cannot take part: {line(said.reason)}")
+            raise MismatchError(f"{who} cannot take part: {line(said.reason)}")
         if not self.assigned:
             client = said.client
             if client is None or not 0 <= client < self.clients:
-                raise FederaError(f"node {node} says that it is client {client}, of 0 to {self.clients - 1}")
+                raise MismatchError(
+                    f"node {node} says that it is client {client}, of 0 to {self.clients - 1}"
+                )
         assert client is not None
         held = self.seats.get(client)
         if held is not None and held.node != node and held.node in self.post.online():
             raise FederaError(f"nodes {held.node} and {node} both say that they are client {client}")
         if held is not None and held.rows is not None and held.rows != said.rows:
-            raise FederaError(f"client {client} had {held.rows} rows before, and now {said.rows}")
+            raise MismatchError(f"client {client} had {held.rows} rows before, and now {said.rows}")
         if self._rows is not None and said.rows != self._rows[client]:
-            raise FederaError(f"client {client} had {self._rows[client]} rows before, and now {said.rows}")
+            raise MismatchError(f"client {client} had {self._rows[client]} rows before, and now {said.rows}")
         self.seats[client] = Seat(node, said.rows, ready=True)
 
     @contextmanager

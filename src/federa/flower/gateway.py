@@ -29,6 +29,7 @@ from federa.flower.certs import node_keys
 
 NODES = "/v1/fleet"
 REFUSED = "refused"  # how a line about a caller begins
+MOST_REFUSALS = 100  # that are told; strangers can make as many as they like
 KEY = "flwr-public-key"  # the header in which a node says its own
 SMALL = 1 << 16  # bytes of a request that is read before it is handed on: nearly all are
 AT_ONCE = (
@@ -39,8 +40,14 @@ HOP = {"host", "connection", "transfer-encoding", "keep-alive", "upgrade"}  # of
 HOP_BACK = HOP - {"host"}
 
 
+_told: set[str] = set()
+
+
 def _refused(who: str, why: str) -> None:
-    print(f"{REFUSED} {who}: {why}", flush=True)
+    line = f"{REFUSED} {who}: {why}"
+    if line not in _told and len(_told) < MOST_REFUSALS:
+        _told.add(line)
+        print(line, flush=True)
 
 
 class LoudTLS(ssl.SSLObject):

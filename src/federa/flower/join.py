@@ -122,6 +122,11 @@ def join(
         stack.callback(keeper.stop)
         keeper.start()
         told(f"joining {server.address}")
+        if state is None and config.wire.remembers:
+            told(
+                f"wire.name={config.wire.name}: what rounding takes away is kept until this process ends; "
+                "--state DIR keeps it longer"
+            )
         node_tasks(Link(f"127.0.0.1:{port}", secret), node.answer, told)
 
 

@@ -87,11 +87,13 @@ class Link:
         address: host and port.
         secret: shared by all processes of one owner on one machine.
         ca: the certificate that it must be signed by; None for no TLS, on this machine only.
+        watch: raises where what nodes need beside it is gone.
     """
 
     address: str
     secret: bytes
     ca: Path | None = None
+    watch: Callable[[], None] = lambda: None
 
     @property
     def certificates(self) -> bytes | None:
@@ -122,6 +124,20 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def require_free(host: str, port: int) -> None:
+    """Raise where a server could not listen: another program's port would be taken for its own.
+
+    Raises:
+        FederaError: somebody listens there, or it is no address of this machine.
+    """
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except OSError as error:
+        raise FederaError(f"--host {host} --port {port}: {error.strerror or error}") from error
 
 
 def write_secret(folder: Path) -> tuple[Path, bytes]:
@@ -247,7 +263,7 @@ def server_task(link: Link, seconds: float = 60.0) -> Iterator[FlowerPost]:
         TaskIdentity.node_id = task.context.node_id
         grid.set_run(run_from_proto(task.run))
         try:
-            yield FlowerPost(grid)
+            yield FlowerPost(grid, link.watch)
             status = "completed"
         except httpx.HTTPError as error:
             status = ""  # there is nobody to tell

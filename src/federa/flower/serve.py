@@ -25,16 +25,16 @@ from federa.flower.runtime import (
     await_port,
     free_port,
     require_flower,
+    require_free,
     server_task,
     start,
     write_secret,
 )
 from federa.run import Observer, Result
-from federa.types import FederaError
+from federa.types import FederaError, RoundFailedError
 
 LOOPBACK = ("127.0.0.1", "localhost")
-MAX_REQUEST = 256 << 20  # bytes; a request carries one object of a message
-MOST_REFUSALS = 100  # strangers can make as many as they like
+MAX_REQUEST = 16 << 20  # bytes; a request carries one object of a message, and Flower cuts those at 5 MiB
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +83,8 @@ def serve(
     keys = _keys(address, clients)
     known = look_up(out, clients or len(keys), resume=resume)
     number = known.clients or 0
+    if keys and clients not in (None, len(keys)):
+        raise FederaError(f"--clients {clients}: {address.certs}/nodes has {len(keys)} keys; leave it out")
     if keys and not known.rows and sorted(keys) != list(range(number)):
         lacks = min(set(range(max(keys) + 1)) - set(keys))
         raise FederaError(f"{address.certs}/nodes has keys up to node-{max(keys)}, but none of node-{lacks}")
@@ -129,6 +131,7 @@ def superlink(
     address: Address, home: Path, told: Callable[[str], None] = lambda line: None
 ) -> Iterator[Link]:
     """Start a SuperLink that this machine alone can reach, and with TLS the gateway to it."""
+    require_free(address.host, address.port)
     secret_file, secret = write_secret(home)
     inner = address.port if address.certs is None else free_port()
     log = home / "superlink.log"
@@ -144,12 +147,20 @@ def superlink(
         process = start(SUPERLINK, words, log, home)
         stack.callback(end, process)
         await_port(inner, process, log)
+        gateway = None
         if address.certs is not None:
             gateway = _gateway(address, inner, home)
             stack.callback(end, gateway)
             await_port(address.port, gateway, home / "gateway.log", host=address.host)
             stack.enter_context(retold(home / "gateway.log", told))
-        yield Link(f"127.0.0.1:{inner}", secret, address.certs and address.certs / "ca.crt")
+
+        def watch() -> None:
+            if gateway is not None and gateway.poll() is not None:
+                raise RoundFailedError(
+                    "what nodes reach the server through is gone; start it again with --resume"
+                )
+
+        yield Link(f"127.0.0.1:{inner}", secret, address.certs and address.certs / "ca.crt", watch)
 
 
 def _gateway(address: Address, inner: int, home: Path) -> subprocess.Popen[bytes]:
@@ -163,11 +174,17 @@ def _gateway(address: Address, inner: int, home: Path) -> subprocess.Popen[bytes
 @contextmanager
 def retold(log: Path, told: Callable[[str], None]) -> Iterator[None]:
     """Tell whom the gateway turns away, and why: each line of its log once, for the time of the block."""
-    over, known = threading.Event(), set[str]()
+    over, known, read = threading.Event(), set[str](), 0
 
     def look() -> None:
-        for line in log.read_text(errors="replace").splitlines():
-            if line.startswith(REFUSED) and line not in known and len(known) < MOST_REFUSALS:
+        nonlocal read
+        with log.open("rb") as file:
+            file.seek(read)
+            new = file.read()
+        whole = new[: new.rfind(b"\n") + 1]
+        read += len(whole)
+        for line in whole.decode(errors="replace").splitlines():
+            if line.startswith(REFUSED) and line not in known:
                 known.add(line)
                 told(line)
 

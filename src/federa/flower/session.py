@@ -46,9 +46,11 @@ class _Round:
         answers: what has come and was not handed on yet, by client.
         counting: how many updates have come that the server will count.
         refused: nodes that cannot take part, and when that was found.
+        needed: how many must count.
     """
 
     params: State
+    needed: int
     open: dict[int, Job]
     asked: dict[str, _Asked] = field(default_factory=dict)
     answers: dict[int, Update | Absence] = field(default_factory=dict)
@@ -61,6 +63,7 @@ class NodeSession:
 
     def __init__(self, federation: Federation, experiment: Experiment) -> None:
         self._federation, self._experiment = federation, experiment
+        self._late: dict[str, float] = {}  # messages of rounds that are over: when they are given up
 
     def predict(
         self, params: State, batches: Sequence[IntArray], job: Job | None = None
@@ -71,8 +74,11 @@ class NodeSession:
     def train(self, params: State, jobs: Sequence[Job]) -> Iterator[Update | Absence]:
         """Yield the updates that come in time, in the order of the jobs, and why the others did not."""
         patience, config = self._federation.patience, self._experiment.config
-        work = _Round(params, {job.client_id: job for job in jobs})
         needed = max(1, math.ceil(config.min_success * len(jobs)))
+        work = _Round(params, needed, {job.client_id: job for job in jobs})
+        if self._federation.assigned:
+            for client in work.open.keys() - self._federation.seats.keys():
+                work.answers[client] = Absence(work.open.pop(client), "it has no key here")
         end = time.monotonic() + patience.round
         queue = deque(jobs)
         while work.open:
@@ -85,6 +91,7 @@ class NodeSession:
                 break
             if work.open:
                 time.sleep(patience.poll)
+        self._late |= {ticket: one.sent + patience.round for ticket, one in work.asked.items()}
         for job in queue:
             yield work.answers.get(job.client_id) or Absence(job, "no answer by the end of the round")
 
@@ -120,7 +127,13 @@ class NodeSession:
 
     def _take(self, work: _Round) -> None:
         """Take what has come."""
-        for reply in self._federation.post.collect(list(work.asked)):
+        post, now = self._federation.post, time.monotonic()
+        for ticket in [ticket for ticket, end in self._late.items() if end < now]:
+            post.forget(ticket)  # a SuperLink keeps what nobody takes
+            del self._late[ticket]
+        for reply in post.collect([*work.asked, *self._late]):
+            if self._late.pop(reply.ticket, None) is not None:  # of no use, but out of the way now
+                continue
             asked = work.asked.pop(reply.ticket)
             who = f"node {asked.node}" if asked.client is None else f"client {asked.client}"
             if reply.error:
@@ -148,12 +161,17 @@ class NodeSession:
             answer = Absence(job, str(error))
         if answer is None:
             return
+        federation, left = self._federation, len(work.open) - 1
+        if isinstance(answer, Absence):
+            federation.told(f"round {job.round}: client {job.client_id}: {answer.reason}")
+            if federation.patience.short == "wait" and work.counting + left < work.needed:
+                # without it the round cannot end: the node is asked again, in a while
+                work.refused[federation.seats[job.client_id].node] = time.monotonic()
+                return
         work.answers[job.client_id] = answer
         del work.open[job.client_id]
         if isinstance(answer, Update):
             work.counting += self._counts(work, answer)
-        else:
-            self._federation.told(f"round {job.round}: client {job.client_id}: {answer.reason}")
 
     def _read(self, work: _Round, job: Job, reply: Reply) -> Update | Absence | None:
         """Return what a reply to a job is worth; None where the node is to be asked again."""
