@@ -19,6 +19,7 @@ from federa.engines import Serial
 from federa.experiment import build_experiment
 from federa.flower.federation import Federation
 from federa.flower.node import Node
+from federa.flower.session import SLACK_BYTES
 from federa.run import Observer, run
 from federa.server import finish_round
 from federa.types import Absence, FederaError, RoundFailedError, ServerState
@@ -214,6 +215,24 @@ def test_a_garbled_hello_is_asked_for_again(three):
     (line,) = [line for line in told if "damaged" in line]
     assert line.startswith(f"node {CLIENTS[1]}: ") and line.endswith("; it is asked again")
     assert place.post.kinds(CLIENTS[1])[:2] == ["hello", "hello"]
+
+
+def test_a_node_that_says_nothing_but_garbage_is_asked_now_and_then(three):
+    """At every look it would keep server and node busy, and fill the log."""
+    told = []
+    _, config, place = three({"start": 1, "ask_again": 0.4}, told=told.append)
+    place.post.spoil[CLIENTS[1]] = lambda header, tensors: (b"garbage", b"")
+    assert line_of(config, place).startswith("waiting for 1 of 3 nodes: 1, for longer than 1 s")
+    assert 2 <= len(place.post.kinds(CLIENTS[1])) <= 4
+    assert len([line for line in told if "damaged" in line]) == 1
+
+
+def test_an_answer_may_be_as_long_as_a_state_and_no_longer(three):
+    """What the post makes room for is what this recipe's updates can have."""
+    experiment, config, place = three()
+    run(config, place=place)
+    state = sum(4 * tensor.numel() for tensor in experiment.params.values())
+    assert state < place.post.longest < state + 2 * SLACK_BYTES
 
 
 def test_a_client_whose_key_is_gone_keeps_no_round_waiting(three):
