@@ -179,6 +179,41 @@ def test_halving_gives_the_better_half_twice_the_rounds(recipe, tmp_path):
     assert sorted(first[f"{name}rounds1-seed0"] for name in second) == best
 
 
+@pytest.mark.parametrize(
+    ("bad", "rung", "expected"),
+    [
+        ({"1e-06", "1e-07"}, (1, 2), "1e-08"),  # good for one round, not for two: the next one down
+        ({"1e-06", "1e-07", "1e-08", "1e-09"}, (1,), None),
+    ],
+)
+def test_a_rate_that_fails_makes_room_for_the_next(recipe, tmp_path, monkeypatch, bad, rung, expected):
+    """What fails at every rate is a failed method; the others' runs go on."""
+    from federa.compare import execute
+
+    def judged(config, folder):
+        lr = f"{config.client.lr:g}"
+        if folder.parts[-3] != "tune" or config.method.name == "bitfit":
+            return run_cell(config, folder)
+        if config.rounds in rung and (config.rounds == 2 or expected is None) and lr in bad:
+            return None, "diverged"
+        summary, wrong = run_cell(config, folder)
+        return {**summary, "final": config.client.lr}, wrong  # the larger the better
+
+    run_cell, said = execute.run_cell, []
+    monkeypatch.setattr(execute, "run_cell", judged)
+    rates = {"lora": "1e-9,1e-8,1e-7,1e-6", "bitfit": "1e-3,1e-4"}
+    options = {"methods": "lora,bitfit", "seeds": "0", "skews": None, "lrs": rates}
+    made = comparison(recipe, tmp_path, **options, tune="halving", tune_rounds=2)
+    rows = compare_methods(made, tmp_path / "out", said.append).rows
+    assert [row["status"] for row in rows] == ["failed" if expected is None else "done", "done"]
+    if expected is None:
+        assert any("lora failed at every learning rate" in line for line in said)
+        assert not (tmp_path / "out" / rows[0]["folder"]).exists()
+        assert "failed" in (tmp_path / "out" / "table.md").read_text()
+    else:
+        assert f"{rows[0]['lr']:g}" == expected
+
+
 @pytest.mark.parametrize(("of", "rounds", "expected"), [(1, 2, (0, 1)), (2, 1, (1, 1)), (2, 2, (1, 2))])
 def test_rates_are_judged_by_as_many_evaluations_as_runs_are(recipe, tmp_path, of, rounds, expected):
     made = comparison(
@@ -321,6 +356,21 @@ def test_a_method_that_diverges_is_shown_as_failed(recipe, tmp_path):
     assert "min_success" in said[0]
 
 
+def test_a_cost_is_of_all_seeds_or_none(done, recipe, tmp_path, monkeypatch):
+    """A method that diverged with one seed has not reached the target with that seed."""
+    from federa.compare import execute
+
+    def fails(config, folder):
+        return (None, "diverged") if folder.name == "lora-seed1" else run_cell(config, folder)
+
+    run_cell = execute.run_cell
+    monkeypatch.setattr(execute, "run_cell", fails)
+    made = comparison(recipe, tmp_path, lrs=None, skews=None, targets="0.01")
+    outcome = compare_methods(made, tmp_path / "out", lambda line: None)
+    told = {one.method: (one.seeds, one.of, one.rounds is None) for one in outcome.reached}
+    assert told == {"federa": (2, 2, False), "lora": (1, 2, True)}
+
+
 def test_signs_of_the_formats_are_escaped():
     lines = [["a|b", "5 % & _x"], ["± #", "$"]]
     assert r"a\|b" in markdown(lines)
@@ -373,8 +423,15 @@ def test_several_recipes_are_several_data_sets(recipe, tmp_path, train_csv):
         recipes.append(write({**recipe, "data": data}, tmp_path / f"{len(recipes)}.yaml"))
     made = Comparison.load(recipes)
     assert [setting.name.split(",")[0] for setting in made.settings] == ["news", "mail", "forum"]
-    with pytest.raises(FederaError, match="two settings are named"):
+    with pytest.raises(FederaError, match=r"two settings are named 'news, .*'; give"):
         Comparison.load([recipes[0], recipes[0]])
+    for name in ("a+b.csv", "a b.csv"):  # two names, one folder
+        (tmp_path / name).write_text(train_csv.read_text())
+    with pytest.raises(FederaError, match=r"two settings are named 'a\+b, .*' and 'a b, "):
+        one, other = (
+            {**recipe, "data": {**data, "train": str(tmp_path / n)}} for n in ("a+b.csv", "a b.csv")
+        )
+        Comparison.load([write(one, tmp_path / "p.yaml"), write(other, tmp_path / "q.yaml")])
 
 
 def test_what_a_grid_leaves_empty_is_the_listed_recipes_own(recipe, tmp_path):
@@ -382,6 +439,24 @@ def test_what_a_grid_leaves_empty_is_the_listed_recipes_own(recipe, tmp_path):
     (tmp_path / "grid.yaml").write_text("grid: {recipes: [one.yaml]}\ntask:\nmethod:\n  rank: 3\n")
     (setting,) = Comparison.load([tmp_path / "grid.yaml"]).settings
     assert setting.config.task.max_length == 17 and setting.config.method.rank == 3
+
+
+def test_paths_in_a_grids_file_are_beside_it(recipe, encoder, train_csv, tmp_path):
+    """Not beside the recipes that it lists."""
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "own").symlink_to(encoder("bert"))
+    (tmp_path / "rows.csv").write_text(train_csv.read_text())
+    write(recipe, tmp_path / "sub" / "one.yaml")
+    grid = {"recipes": "sub/one.yaml", "models": ["own"]}
+    path = write({"data": {"test": "rows.csv"}, "grid": grid}, tmp_path / "grid.yaml")
+    (setting,) = Comparison.load([path]).settings
+    assert setting.config.data.test == str(tmp_path / "rows.csv")
+    assert setting.config.data.train == recipe["data"]["train"]
+    assert Path(setting.config.model.name) == Path(encoder("bert")).resolve()
+    del grid["models"]
+    (setting,) = Comparison.load([write({"data": "rows.csv", "model": "own", "grid": grid}, path)]).settings
+    assert setting.config.data.train == str(tmp_path / "rows.csv")
+    assert Path(setting.config.model.name) == Path(encoder("bert")).resolve()
 
 
 def test_methods_of_a_plugin_are_compared(recipe, tmp_path):
@@ -442,6 +517,37 @@ def test_other_data_in_the_same_folder_are_noticed(recipe, tmp_path, train_csv):
     header, *rows = words.splitlines()
     (tmp_path / "mine.csv").write_text("\n".join([header, *rows[::-1]]))
     made = comparison(recipe, tmp_path, methods="lora,bitfit", **options)
+    with pytest.raises(FederaError, match=r"lora-seed0 and .*bitfit-seed0 .* not run on the same data"):
+        compare_methods(made, tmp_path / "out", lambda line: None)
+
+
+def test_other_data_for_another_seed_are_noticed(recipe, tmp_path, train_csv):
+    """Also where the first method failed with that seed: nothing but finished runs is compared."""
+    (tmp_path / "mine.csv").write_text(train_csv.read_text())
+    recipe["data"] = {**recipe["data"], "train": str(tmp_path / "mine.csv")}
+    options = {"skews": None, "lrs": None, "methods": "lora,bitfit"}
+    compare_methods(comparison(recipe, tmp_path, seeds="0", **options), tmp_path / "out", lambda line: None)
+    (tmp_path / "mine.csv").write_text(train_csv.read_text().replace(" ", " and ", 1))
+    made = comparison(recipe, tmp_path, seeds="0,1", **options)
+    with pytest.raises(FederaError, match=r"lora-seed0 and .*lora-seed1 .* not run on the same data"):
+        compare_methods(made, tmp_path / "out", lambda line: None)
+
+
+def test_other_data_behind_a_failed_run_are_noticed(recipe, tmp_path, train_csv, monkeypatch):
+    from federa.compare import execute
+
+    def fails(config, folder):
+        return (None, "diverged") if config.method.name == "federa" else run_cell(config, folder)
+
+    run_cell = execute.run_cell
+    monkeypatch.setattr(execute, "run_cell", fails)
+    (tmp_path / "mine.csv").write_text(train_csv.read_text())
+    recipe["data"] = {**recipe["data"], "train": str(tmp_path / "mine.csv")}
+    options = {"skews": None, "lrs": None, "seeds": "0"}
+    made = comparison(recipe, tmp_path, methods="federa,lora", **options)
+    assert compare_methods(made, tmp_path / "out", lambda line: None).rows[0]["status"] == "failed"
+    (tmp_path / "mine.csv").write_text(train_csv.read_text().replace(" ", " and ", 1))
+    made = comparison(recipe, tmp_path, methods="federa,lora,bitfit", **options)
     with pytest.raises(FederaError, match=r"lora-seed0 and .*bitfit-seed0 .* not run on the same data"):
         compare_methods(made, tmp_path / "out", lambda line: None)
 

@@ -145,6 +145,13 @@ def test_a_run_records_what_is_spent_and_resumes_to_the_bit(recipe, tmp_path):
     assert steady(resumed.records) == steady(whole.records)
 
 
+def test_a_run_without_it_does_not_go_on_with_it(recipe, tmp_path):
+    plain = {**recipe, "aggregator": PLAIN}
+    run(parse_config(plain), tmp_path / "run")
+    with pytest.raises(FederaError, match=r"was started with privacy\.clip=None, not 0\.5"):
+        run(parse_config(private(recipe)), tmp_path / "run", resume=True)
+
+
 def test_without_it_nothing_changes(recipe):
     plain = run(configure(recipe, aggregator=PLAIN))
     assert "epsilon" not in plain.records[0]

@@ -35,6 +35,8 @@ from federa.trackers import TRACKERS
 from federa.types import FederaError
 from federa.wires import WIRES, Wire
 
+# The keys of a section that are paths, where a path of that name exists; the first is what a bare word means.
+PATHS = {"data": ("train", "validation", "test"), "model": ("name",)}
 REGISTRIES: dict[str, Registry[Any]] = {
     "task": TASKS,
     "method": METHODS,
@@ -189,14 +191,25 @@ def parse_config(raw: dict[str, Any], folder: Path | None = None) -> RunConfig:
         raise FederaError(f"a recipe is a mapping of keys to values, not {type(raw).__name__}")
     plugins = load_listed(raw.get("plugins"), folder or Path.cwd())
     raw = {key: _with_name(key, value) for key, value in raw.items()} | {"plugins": plugins}
-    for key, paths in (("data", ("train", "validation", "test")), ("model", ("name",))):
-        if folder is not None and isinstance(raw.get(key), dict):  # a recipe's paths: beside it, if there
-            near = {p: absolute(v, folder) for p, v in raw[key].items() if p in paths and isinstance(v, str)}
-            raw[key] = {**raw[key], **near}
+    if folder is not None:
+        raw = beside(raw, folder)
     try:
         return RunConfig.model_validate(raw)
     except ValidationError as error:
         raise FederaError(explain(error, RunConfig)) from error
+
+
+def beside(raw: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Return a recipe's mapping, its paths made absolute: beside the recipe, where they are there."""
+    raw = dict(raw)
+    for section, paths in PATHS.items():
+        held = raw.get(section)
+        if isinstance(held, str):
+            held = {paths[0]: held}
+        if isinstance(held, dict):
+            near = {p: absolute(v, folder) for p, v in held.items() if p in paths and isinstance(v, str)}
+            raw[section] = {**held, **near}
+    return raw
 
 
 def load_listed(plugins: Any, folder: Path) -> list[str]:
@@ -213,8 +226,8 @@ def _with_name(key: str, value: Any) -> Any:
     """Return a component's section with the default component's name, where it gives none."""
     if value is None and (key in REGISTRIES or key in ("model", "data", "client")):
         value = {}  # a section whose keys are all commented out
-    if isinstance(value, str) and key in ("model", "data"):
-        return {"name" if key == "model" else "train": value}
+    if isinstance(value, str) and key in PATHS:
+        return {PATHS[key][0]: value}
     if key in REGISTRIES and isinstance(value, dict) and "name" not in value:
         return {"name": RunConfig.model_fields[key].default, **value}
     return value
@@ -276,7 +289,8 @@ def parse_override(text: str) -> tuple[str, Any]:
         parsed = yaml.safe_load(value) if value else None
     except yaml.YAMLError as error:
         raise FederaError(f"override {text!r}: the value is not YAML") from error
-    is_path = key.strip() in ("data.train", "data.validation", "data.test", "model.name")
+    section, _, name = key.strip().partition(".")
+    is_path = name in PATHS.get(section, ())
     return key.strip(), absolute(parsed) if is_path and isinstance(parsed, str) else parsed
 
 

@@ -140,15 +140,18 @@ class Experiment:
         drawn = {j.client_id for r in range(1, rounds + 1) for j in make_jobs(self.config, r, sizes)}
         return sorted(drawn)
 
-    def data_fingerprint(self) -> str:
-        """Return a SHA-256 of all examples, labels and the partition: a resumed run must find the same."""
+    def data_fingerprint(self, parts: bool = True) -> str:
+        """Return a SHA-256 of all examples, labels and the partition: a resumed run must find the same.
+
+        Without the parts it is the same for every seed and skew.
+        """
         digest = hashlib.sha256(json.dumps(self.labels).encode())
         for data in (self.train, self.evaluation):
             for held in (*data.features.values(), *data.targets.values(), data.example):
                 arrays = [held.values, held.offsets] if isinstance(held, Ragged) else [held]
                 for array in arrays if held is not None else ():
                     digest.update(np.ascontiguousarray(array).data)
-        for part in self.parts:
+        for part in self.parts if parts else ():
             digest.update(part.data)
         return digest.hexdigest()
 

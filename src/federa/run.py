@@ -189,12 +189,13 @@ def _stored_config(folder: RunDirectory, asked: RunConfig | None) -> RunConfig:
             asked = asked.replace(**{"client.precision": stored.client.precision})
         if asked.device == "auto":
             asked = asked.replace(device=stored.device)
-        others = dict(_flat(asked.model_dump(mode="json")))
-        for key, value in _flat(stored.model_dump(mode="json")):
-            other = others.get(key)
-            if other != value:
+        had, asks = (dict(_flat(config.model_dump(mode="json"))) for config in (stored, asked))
+        # Over the keys of both: an optional section has keys in one of them only.
+        for key in {**had, **asks}:
+            one, other = had.get(key), asks.get(key)
+            if one != other:
                 raise FederaError(
-                    f"--resume: {folder.path} was started with {key}={value!r}, not {other!r}; "
+                    f"--resume: {folder.path} was started with {key}={one!r}, not {other!r}; "
                     "resume it without a recipe, or start another run"
                 )
     return stored
@@ -204,7 +205,7 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in tree.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{key}.")
-        else:
+        elif value is not None:  # a section that is not there
             yield f"{prefix}{key}", value
 
 
@@ -366,6 +367,7 @@ def partition_summary(experiment: Experiment) -> dict[str, Any]:
     return {
         "client_sizes": experiment.counts.sum(axis=1).tolist(),
         "groups": experiment.groups.names,
+        "data": experiment.data_fingerprint(parts=False),
         "fingerprint": experiment.data_fingerprint(),
         "counts": experiment.counts.tolist(),
     }

@@ -73,14 +73,15 @@ def compare_methods(comparison: Comparison, folder: Path, say: Say) -> Outcome:
     with runner.open():
         rates = _tuned(comparison, runner, say)
         cells = [
-            comparison.cell(setting, method, seed, rates[setting.name, method])
+            comparison.cell(setting, method, seed, rates.get((setting.name, method)))
             for setting in comparison.settings
             for seed in comparison.grid.seeds
             for method in comparison.grid.methods
         ]
-        results = runner.run(cells, _Told(len(cells), say))
-    rows = [row_of(cell, results[cell.folder]) for cell in cells]
-    _require_same_data(folder, rows)
+        trained = [cell for cell in cells if (cell.setting, cell.method) in rates]
+        results = runner.run(trained, _Told(len(trained), say))
+    _require_same_data(folder, [cell for cell in trained if results[cell.folder] is not None])
+    rows = [row_of(cell, results.get(cell.folder)) for cell in cells]
     outcome = _outcome(comparison, folder, cells, rows)
     _write(comparison, folder, cells, outcome)
     return outcome
@@ -187,59 +188,63 @@ def time_estimate(comparison: Comparison, say: Say) -> float:
 def _tuned(comparison: Comparison, runner: Runner, say: Say) -> dict[tuple[str, str], float | None]:
     """Return the learning rate of every method in every setting: the best on held-out examples.
 
-    Raises:
-        FederaError: training failed at every rate.
+    A method that failed at all of its rates is left out, and told of; the others go on.
     """
-    left: dict[tuple[str, str], list[float]] = {}
+    # The best first: those that trained longest, by their score, then those that came off worse before.
+    ranked: dict[tuple[str, str], list[float]] = {}
     for setting in comparison.settings:
         for method in comparison.grid.methods:
-            left[setting.name, method] = list(comparison.grid.lrs.get(method, ()))
+            ranked[setting.name, method] = list(comparison.grid.lrs.get(method, ()))
     by_name = {setting.name: setting for setting in comparison.settings}
-    plans = {key: comparison.rungs(by_name[key[0]], key[1]) for key in left}
+    plans = {key: comparison.rungs(by_name[key[0]], key[1]) for key in ranked}
     for rung in range(max(len(plan) for plan in plans.values())):
         tried = {
             (key, lr): comparison.tuning(by_name[key[0]], key[1], lr, plan[rung][1])
             for key, plan in plans.items()
             if rung < len(plan)
-            for lr in left[key]
+            for lr in ranked[key][: plan[rung][0]]
         }
         results = runner.run(list(tried.values()), _Told(len(tried), say))
+        _require_same_data(
+            runner.folder, [cell for cell in tried.values() if results[cell.folder] is not None]
+        )
         scores = {key: _score(results[cell.folder]) for key, cell in tried.items()}
-        for key, plan in plans.items():
-            if rung < len(plan):
-                ranked = sorted(left[key], key=lambda lr: -scores[key, lr])
-                if not math.isfinite(scores[key, ranked[0]]):
-                    raise FederaError(
-                        f"grid.lrs: {key[0]}: {key[1]} failed at every learning rate; try smaller ones"
-                    )
-                kept = ranked[: plan[rung + 1][0] if rung + 1 < len(plan) else 1]
-                left[key] = [lr for lr in kept if math.isfinite(scores[key, lr])]
-    for (name, method), rates in left.items():
+        for key, lrs in ranked.items():
+            better = sorted((lr for lr in lrs if (key, lr) in scores), key=lambda lr: -scores[key, lr])
+            better = [lr for lr in better if math.isfinite(scores[key, lr])]
+            ranked[key] = [*better, *(lr for lr in lrs if (key, lr) not in scores)]
+    found: dict[tuple[str, str], float | None] = {}
+    for (name, method), rates in ranked.items():
         grid = comparison.grid.lrs.get(method, ())
-        if len(grid) > 2 and rates[0] in (min(grid), max(grid)):
+        if len(grid) > 2 and rates and rates[0] in (min(grid), max(grid)):
             say(f"{name}: {method}: the best rate, {rates[0]:g}, is at the edge of those tried")
-    return {key: rates[0] if rates else None for key, rates in left.items()}
+        if rates or not grid:
+            found[name, method] = rates[0] if rates else None
+        else:
+            say(f"{name}: {method} failed at every learning rate; try smaller ones (grid.lrs)")
+    return found
 
 
 def _score(summary: Summary | None) -> float:
     return -math.inf if summary is None else float(summary["final"])
 
 
-def _require_same_data(folder: Path, rows: Sequence[Row]) -> None:
-    """Raise unless all methods of a setting and seed met the same examples and clients.
+def _require_same_data(folder: Path, cells: Sequence[Cell]) -> None:
+    """Raise unless finished cells of a setting met the same examples, and those of one seed the same clients.
 
     Raises:
         FederaError: they did not: the data have changed since the first of them ran.
     """
-    met: dict[tuple[str, int], tuple[str, Row]] = {}
-    for row in rows:
-        held = RunDirectory(folder / row["folder"]).read_json("partition.json") or {}
-        found, first = met.setdefault((row["setting"], row["seed"]), (held.get("fingerprint", ""), row))
-        if row["status"] == "done" and first["status"] == "done" and found != held.get("fingerprint", ""):
-            raise FederaError(
-                f"--out: {first['folder']} and {row['folder']} in {folder} were not run on the same data; "
-                "compare into another directory"
-            )
+    met: dict[tuple[object, ...], tuple[object, Cell]] = {}
+    for cell in cells:
+        held = RunDirectory(folder / cell.folder).read_json("partition.json") or {}
+        for key in (("data", cell.setting), ("fingerprint", cell.setting, cell.config.seed)):
+            found, first = met.setdefault(key, (held.get(key[0]), cell))
+            if found != held.get(key[0]):
+                raise FederaError(
+                    f"--out: {first.folder} and {cell.folder} in {folder} were not run on the same data; "
+                    "compare into another directory"
+                )
 
 
 def _outcome(comparison: Comparison, folder: Path, cells: Sequence[Cell], rows: list[Row]) -> Outcome:
@@ -276,9 +281,9 @@ def _reached(
     comparison: Comparison, folder: Path, cells: Sequence[Cell], rows: Sequence[Row]
 ) -> Iterable[Reached]:
     """Yield what every method took to reach shares of the reference's best score."""
-    reference, done = comparison.reference, [r["status"] == "done" for r in rows]
+    reference, failed = comparison.reference, {r["folder"] for r in rows if r["status"] != "done"}
     for setting in comparison.settings:
-        mine = [c for c, ok in zip(cells, done, strict=True) if ok and c.setting == setting.name]
+        mine = [cell for cell in cells if cell.setting == setting.name]
         best = [
             r["best"]
             for r in rows
@@ -290,8 +295,13 @@ def _reached(
         for share in comparison.grid.targets:
             target = f"{share:.0%} of {reference}'s best ({share * level:.3f})"
             for method in comparison.grid.methods:
-                runs = [RunDirectory(folder / c.folder).records() for c in mine if c.method == method]
-                costs = [cost_to(records, metric, share * level) for records in runs]
+                costs = [
+                    cost_to(RunDirectory(folder / cell.folder).records(), metric, share * level)
+                    if str(cell.folder) not in failed
+                    else None
+                    for cell in mine
+                    if cell.method == method
+                ]
                 mean = mean_cost(costs)
                 yield Reached(
                     setting=setting.name,

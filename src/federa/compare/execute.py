@@ -49,7 +49,7 @@ class Runner:
     """
 
     def __init__(self, folder: Path, jobs: int) -> None:
-        self._folder, self._jobs = folder, jobs
+        self.folder, self._jobs = folder, jobs
         self._pool: ProcessPoolExecutor | None = None
 
     def run(self, cells: Sequence[Cell], finished: Finished) -> dict[Path, Summary | None]:
@@ -68,11 +68,11 @@ class Runner:
     def _answers(self, cells: Sequence[Cell]) -> Iterator[tuple[Cell, tuple[Summary | None, str]]]:
         if self._pool is None or len(cells) < 2:
             for cell in cells:
-                yield cell, run_cell(cell.config, self._folder / cell.folder)
+                yield cell, run_cell(cell.config, self.folder / cell.folder)
             return
         waiting = {
             self._pool.submit(
-                _in_worker, cell.config.model_dump(mode="json"), str(self._folder / cell.folder)
+                _in_worker, cell.config.model_dump(mode="json"), str(self.folder / cell.folder)
             ): cell
             for cell in cells
         }

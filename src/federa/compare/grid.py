@@ -11,7 +11,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from federa.config import RunConfig, evaluations, load_config, load_listed, parse_override, read_yaml, set_key
+from federa.config import (
+    RunConfig,
+    absolute,
+    beside,
+    evaluations,
+    load_config,
+    load_listed,
+    parse_override,
+    read_yaml,
+    set_key,
+)
 from federa.data.partition import PARTITIONERS
 from federa.methods import METHODS
 from federa.registry import explain
@@ -161,9 +171,12 @@ class Comparison:
                     f"grid: {file} has one of its own; a grid names its recipes under grid.recipes"
                 )
         own = raws[0][1].pop("grid", None) if len(raws) == 1 else None
+        if isinstance(own, dict) and own.get("models"):
+            own = {**own, "models": [absolute(name, recipes[0].parent) for name in _words(own["models"])]}
         grid = parse_grid(own, options or {})
         if grid.recipes:
-            common = {key: value for key, value in flatten(raws[0][1]) if value is not None}
+            near = beside(raws[0][1], recipes[0].parent)
+            common = {key: value for key, value in flatten(near) if value is not None}
             listed = [recipes[0].parent / name for name in grid.recipes]
             raws = [(file, _with(read_yaml(file), common, file)) for file in listed]
         configs = [load_config(file, overrides, raw) for file, raw in raws] or [load_config(None, overrides)]
@@ -271,7 +284,7 @@ def _with(raw: dict[str, Any], common: dict[str, Any], file: Path) -> dict[str, 
 
 def _settings(grid: Grid, configs: Sequence[RunConfig]) -> Iterator[Setting]:
     """Yield every data set x skew x model, each with a name of its own."""
-    seen: set[str] = set()
+    seen: dict[str, Setting] = {}  # by their folders
     for config in configs:
         for skew in grid.skews or (None,):
             for model in grid.models or (None,):
@@ -282,12 +295,14 @@ def _settings(grid: Grid, configs: Sequence[RunConfig]) -> Iterator[Setting]:
                 name = (
                     f"{data_name(changed.data.train)}, {skew_name(changed)}, {Path(changed.model.name).name}"
                 )
-                if name in seen:
+                setting = Setting(name, changed)
+                other = seen.setdefault(setting.slug, setting)
+                if other is not setting:
+                    both = f"{name!r}" if name == other.name else f"{other.name!r} and {name!r}"
                     raise FederaError(
-                        f"grid: two settings are named {name!r}; give different data, skew or model"
+                        f"grid: two settings are named {both}; give different data, skew or model"
                     )
-                seen.add(name)
-                yield Setting(name, changed)
+                yield setting
 
 
 def _skew_changes(skew: str) -> dict[str, Any]:
