@@ -146,6 +146,10 @@ def speed_up(model: Any) -> None:
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = frozen.FrozenLinear
+    if getattr(model.config, "model_type", "") == "deberta-v2":
+        from federa.cpu.disentangled import attend_along_diagonals  # loads that family's model
+
+        attend_along_diagonals(model)
     if getattr(model, "_supports_attention_backend", False):
         transformers.AttentionInterface.register(ATTENTION, cpu_attention)
         AttentionMaskInterface.register(ATTENTION, key_mask)

@@ -288,7 +288,8 @@ def attention_of_all(model: Any) -> Iterator[None]:
     """Let a transformers model attend for all clients at once while the block runs.
 
     The model's own attention function runs, on a batch that all clients share. A family that does not go
-    through transformers' registry of them (DeBERTa) is left as it is, and goes through `vmap` step by step.
+    through transformers' registry of them (DeBERTa) is left as it is: `vmap` finds a rule for its attention
+    where that is ours, or goes through it step by step.
     """
     if not getattr(model, "_supports_attention_backend", False):
         yield
