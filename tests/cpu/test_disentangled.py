@@ -117,6 +117,17 @@ def test_a_sped_up_model_has_it_everywhere(encoder):
     assert found == [FastDisentangledSelfAttention] * 2
 
 
+def test_a_length_that_was_predicted_first_trains():
+    module = attention()
+    attend_along_diagonals(module)
+    positions_of.cache_clear()
+    texts, rows, mask, relative = inputs(module, 9)
+    with torch.inference_mode():
+        module(texts.detach(), mask, relative_pos=relative, rel_embeddings=rows.detach())
+    module(texts, mask, relative_pos=relative, rel_embeddings=rows)[0].sum().backward()
+    assert texts.grad is not None
+
+
 def draws(*shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))) * 0.5
 

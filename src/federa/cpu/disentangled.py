@@ -104,6 +104,7 @@ class DisentangledAttention(Stackable):
 
 
 @functools.lru_cache(maxsize=256)
+@torch.inference_mode(False)  # type: ignore[untyped-decorator, unused-ignore]  # training may meet it again
 def positions_of(length: int, buckets: int, furthest: int, span: int) -> tuple[slice, Tensor, Tensor]:
     """Return which relative positions a text of some length has.
 
