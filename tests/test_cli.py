@@ -85,7 +85,7 @@ MISTAKES = {
     "wrong format": (["data.train=recipe.yaml"], None, "data.train: {here}/recipe.yaml is not of a known format"),
     "wrong column": (["data.text_column=txt"], None, "data: the train table has no column 'txt' (did you mean 'text'?)"),
     "wrong label column": (["data.label_column=lbl"], None, "data: the train table has no column 'lbl'"),
-    "strange label": ([], strange_label, "data.label_column: row 90: label 'sprt' is outside the training set's labels"),
+    "strange label": ([], strange_label, "data: row 90 of the test table: label 'sprt' is outside the training set's labels"),
     "few rows": ([], few_rows, "partition: fewer rows than clients need: 4 rows, 6 clients"),
     "large cohort": (["cohort=7"], None, "cohort: 7 clients a round, but partition.clients is 6"),
     "no weights": ([], drop_weights, "model.name: {here}/model holds no weights"),
@@ -187,7 +187,7 @@ def test_mistakes_with_a_run(done, capsys):
             "predict: model/model.safetensors is not of a known format",
         ),
         (["predict", "done", "gap.txt"], "line 2 of gap.txt is blank"),
-        (["predict", "done", "numbers.csv"], "data: row 0 of column 'text' is 1, not a text"),
+        (["predict", "done", "numbers.csv"], "data: row 0: column 'text' is 1, not a text"),
     ]
     for arguments, message in cases:
         assert refused(capsys, done, *arguments).startswith(message), arguments

@@ -8,5 +8,18 @@ class FederaError(ValueError):
     """
 
 
+class RowError(FederaError):
+    """A row of a table that cannot be used.
+
+    Args:
+        row: its number in the table at hand, from 0.
+        what: is wrong with it.
+    """
+
+    def __init__(self, row: int, what: str) -> None:
+        super().__init__(f"data: row {row}: {what}")
+        self.row, self.what = row, what
+
+
 class RoundFailedError(RuntimeError):
     """Too few updates of a round counted; the last good state is kept in the checkpoint."""

@@ -230,7 +230,8 @@ def build_experiment(
     pick_device(config.device)  # a device that is not there is said before anything is read
     seconds, began = {}, time.perf_counter()
     splits = read_splits(config.data, config.task)
-    labels = config.task.labels(splits.train, config.data)
+    with splits.training.named():
+        labels = config.task.labels(splits.train, config.data)
     seconds["read"] = time.perf_counter() - began
     began = time.perf_counter()
     loaded = load_model(config, labels)
@@ -238,9 +239,10 @@ def build_experiment(
         require_base(loaded, base, config.model.name)
     seconds["load"] = time.perf_counter() - began
     began = time.perf_counter()
-    train, evaluation = (
-        encoded(config, table, loaded.tokenizer, labels) for table in (splits.train, splits.evaluation)
-    )
+    with splits.training.named():
+        train = encoded(config, splits.train, loaded.tokenizer, labels)
+    with splits.evaluated.named():
+        evaluation = encoded(config, splits.evaluation, loaded.tokenizer, labels)
     seconds["tokenise"] = time.perf_counter() - began
     began = time.perf_counter()
     groups = group_examples(config, splits, loaded, labels)

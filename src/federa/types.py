@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from federa.errors import FederaError, RoundFailedError
+from federa.errors import FederaError, RoundFailedError, RowError
 
 __all__ = [
     "Absence",
@@ -25,6 +25,7 @@ __all__ = [
     "Metrics",
     "Record",
     "RoundFailedError",
+    "RowError",
     "ServerState",
     "State",
     "Update",

@@ -11,7 +11,7 @@ import pytest
 
 from federa.data.datasets import DataConfig, read_bbc_news, read_splits, read_table
 from federa.tasks import NER, QA, Classification
-from federa.types import FederaError
+from federa.types import FederaError, RowError
 
 ROWS = [
     {"text": f'number {i}, {"a comma" if i % 3 else "a ü"} and a "quote"', "label": "abc"[i % 3]}
@@ -199,8 +199,10 @@ def test_a_wrong_column_names_the_nearest(tmp_path):
 
 
 def test_a_hold_out_that_cannot_be(tmp_path):
-    there = write(tmp_path / "rows.csv", ROWS[:3])
-    refused(r"^data: cannot hold out 20% of 1 rows", train=write(tmp_path / "one.csv", ROWS[:1]))
+    there = write(tmp_path / "rows.csv", ROWS)
+    for few in (1, 3):
+        message = rf"^data: cannot hold out 20% of {few} rows: no label occurs twice$"
+        refused(message, train=write(tmp_path / "few.csv", ROWS[:few]))
     refused("give data.validation or data.validation_fraction", train=there, evaluate_on="validation")
 
 
@@ -227,6 +229,43 @@ def test_a_label_that_occurs_once_does_not_stop_the_hold_out(tmp_path):
     rows = [*ROWS, {"text": "alone", "label": "once"}]
     splits = read(train=write(tmp_path / "rows.csv", rows))
     assert len(splits.train) + len(splits.evaluation) == 31
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("fraction", [0.2, 0.5])
+def test_what_one_row_alone_shows_is_trained_on(tmp_path, seed, fraction):
+    """A label or an entity's type that is held out altogether could not be learnt, and would stop the run."""
+    rows = [{"text": f"t{i}", "label": "abcdefgh"[i % 8]} for i in range(16)]
+    rows += [{"text": f"alone {i}", "label": f"once {i}"} for i in range(3)]
+    fields = {"split_seed": seed, "test_fraction": fraction}
+    splits = read(train=write(tmp_path / "rows.csv", rows), **fields)
+    assert set(splits.train["label"]) == {row["label"] for row in rows} and len(splits.evaluation) > 0
+    sentences = [{"tokens": [f"w{i}"], "tags": [f"B-T{i % 7}" if i < 10 else "O"]} for i in range(30)]
+    splits = read(task=NER(), train=write(tmp_path / "rows.parquet", sentences), **fields)
+    assert {tag for (tag,) in splits.train["tags"]} == {"O", *(f"B-T{i}" for i in range(7))}
+    assert len(splits.evaluation) >= 30 * fraction - 4
+    words = [word for table in (splits.train, splits.evaluation) for (word,) in table["tokens"]]
+    assert sorted(words) == sorted(f"w{i}" for i in range(30))
+
+
+def test_a_mistake_names_the_table_and_the_row_in_it(tmp_path):
+    """Also where rows were held out and drawn before anybody looked at it."""
+    rows = [{"tokens": [f"w{i}"], "tags": ["O"]} for i in range(40)]
+    there, test = write(tmp_path / "rows.parquet", rows), write(tmp_path / "test.parquet", rows)
+    for seed in range(3):
+        splits = read(task=NER(), train=there, test=test, max_test=9, split_seed=seed, max_train=11)
+        for split, name in ((splits.training, "train"), (splits.evaluated, "test")):
+            for at in (0, 4, 8):
+                (word,) = split.table[at]["tokens"]
+                message = f"^data: row {word[1:]} of the {name} table: odd$"
+                with pytest.raises(FederaError, match=message), split.named():
+                    raise RowError(at, "odd")
+    rows[33]["tags"] = ["O", "O"]
+    refused(
+        "^data: row 33 of the train table: 1 words and 2 tags$",
+        task=NER(),
+        train=write(tmp_path / "odd.parquet", rows),
+    )
 
 
 def test_the_hold_out_belongs_to_the_split_seed(tmp_path):

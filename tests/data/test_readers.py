@@ -195,7 +195,7 @@ def test_squad_without_titles(tmp_path):
 def test_unanswerable_questions_are_named_by_the_task(tmp_path):
     rows = [*ROWS, {**ROWS[2], "id": "4", "answers": {"text": [], "answer_start": []}}]
     table = read(tmp_path, "dev-v2.0.json", json.dumps(squad(rows, version="v2.0")))
-    with pytest.raises(FederaError, match=r"^data: row 3 has no answer; unanswerable questions are not"):
+    with pytest.raises(FederaError, match=r"^data: row 3: no answer; unanswerable questions are not"):
         QA().texts(table, DataConfig())
 
 

@@ -51,8 +51,20 @@ def test_class_labels_keep_their_names_and_order():
 
 @pytest.mark.parametrize("values", [["a", None, "b"], [1, None, 2], [None, None, None]])
 def test_an_empty_label_is_refused(values):
-    with pytest.raises(FederaError, match=r"^data\.label_column: 'label' has empty cells$"):
+    row = values.index(None)
+    with pytest.raises(FederaError, match=rf"^data: row {row}: column 'label' is empty$"):
         TASK.labels(table(text=list("xyz"), label=values), DATA)
+
+
+def test_a_client_without_a_relation_has_no_official_score(tokenizer):
+    """It would be zero, however good the model is."""
+    rows = table(text=list("abc"), label=["Other", "Cause-Effect(e1,e2)", "Other"])
+    for metric, expected in (("semeval_f1", [False, True, True]), ("accuracy", [True, True, True])):
+        task = Classification(official="semeval2010_task8", metric=metric)
+        encoded = task.encode(rows, DATA, tokenizer, ["Cause-Effect(e1,e2)", "Other"])
+        some = ([0, 2], [1], [0, 1])
+        assert [task.scorable(encoded, np.array(examples)) for examples in some] == expected
+        assert not task.scorable(encoded, np.array([], dtype=np.int64))
 
 
 def test_one_label_is_not_enough():
@@ -84,7 +96,7 @@ def test_encode_takes_the_ids_of_class_labels(tokenizer):
 
 def test_a_label_outside_the_training_set_is_refused(tokenizer):
     rows = table(text=["goal", "soup"], label=["sport", "foods"])
-    message = r"^data\.label_column: row 1: label 'foods' is outside the training set's labels \(did you mean 'food'\?\): food, sport, tech$"
+    message = r"^data: row 1: label 'foods' is outside the training set's labels \(did you mean 'food'\?\): food, sport, tech$"
     with pytest.raises(FederaError, match=message):
         TASK.encode(rows, DATA, tokenizer, ["food", "sport", "tech"])
     many = [f"label{i}" for i in range(12)]
@@ -128,7 +140,7 @@ def test_an_example_without_text_is_refused(tokenizer, value, shown):
         [{"text": v, "label": "a"} for v in ([value] if value == 3 else ["goal", value])]
     )
     with pytest.raises(
-        FederaError, match=rf"^data: row {len(rows) - 1} of column 'text' is {shown}, not a text$"
+        FederaError, match=rf"^data: row {len(rows) - 1}: column 'text' is {shown}, not a text$"
     ):
         TASK.encode(rows, DATA, tokenizer, ["a"])
 
@@ -149,7 +161,7 @@ def test_sentence_pairs(encoder, tmp_path):
     ]
     assert inputs["token_type_ids"].tolist() == [[0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 1, 1]]
     lone = table(text=["goal", "goal"], other=["soup", None], label=["a", "b"])
-    with pytest.raises(FederaError, match="row 1 of column 'other' is None"):
+    with pytest.raises(FederaError, match="row 1: column 'other' is None"):
         TASK.encode(lone, data, fast, ["a", "b"])
     model = transformers.AutoModelForSequenceClassification.from_pretrained(encoder("bert"))
     swapped = TASK.encode(

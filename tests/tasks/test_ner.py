@@ -104,7 +104,7 @@ def test_iob1_is_read_when_asked_for(word_level):
     labels = task.labels(rows, DATA)
     assert rows_of(task.encode(rows, DATA, word_level, labels).targets["labels"]) == [[-100, 1, 2, 1, -100]]
     with pytest.raises(
-        FederaError, match=r"row 0, word 0: the tag 'I-PER' at the start is not BIO; .*scheme=iob1$"
+        FederaError, match=r"row 0: word 0: the tag 'I-PER' at the start is not BIO; .*scheme=iob1$"
     ):
         TASK.labels(rows, DATA)
 
@@ -139,28 +139,28 @@ def refused(message, tokens, tags, labels=None, tokenizer=None):
 @pytest.mark.parametrize(
     ("tokens", "tags", "message"),
     [
-        ([["a"], ["b", "c"]], [["O"], ["O"]], r"^data: row 1 has 2 words and 1 tags$"),
-        ([["a"], ["b"]], [["O"], ["O", "O"]], r"^data: row 1 has 1 words and 2 tags$"),
-        ([["a"], ["b"]], [["O"], []], r"^data: row 1 has 1 words and 0 tags$"),
-        ([["a"], ["b"]], [["O"], None], r"^data: row 1 has 1 words and no list of tags$"),
-        ([["a"], ["b"]], ["O", "O"], r"^data: row 0 has 1 words and no list of tags$"),
-        ([["a"], ["b", "c"]], [["O"], ["O", None]], r"^data: row 1, word 1: the tag None is not a text$"),
-        ([["a"]], [[3]], r"^data: row 0, word 0: the tag 3 is not a text$"),
+        ([["a"], ["b", "c"]], [["O"], ["O"]], r"^data: row 1: 2 words and 1 tags$"),
+        ([["a"], ["b"]], [["O"], ["O", "O"]], r"^data: row 1: 1 words and 2 tags$"),
+        ([["a"], ["b"]], [["O"], []], r"^data: row 1: 1 words and 0 tags$"),
+        ([["a"], ["b"]], [["O"], None], r"^data: row 1: 1 words and no list of tags$"),
+        ([["a"], ["b"]], ["O", "O"], r"^data: row 0: 1 words and no list of tags$"),
+        ([["a"], ["b", "c"]], [["O"], ["O", None]], r"^data: row 1: word 1: the tag None is not a text$"),
+        ([["a"]], [[3]], r"^data: row 0: word 0: the tag 3 is not a text$"),
         (
             [["a"], ["b", "c"]],
             [["O"], ["O", "I-X"]],
-            r"^data: row 1, word 1: the tag 'I-X' after 'O' is not BIO",
+            r"^data: row 1: word 1: the tag 'I-X' after 'O' is not BIO",
         ),
-        ([["b", "c"]], [["B-X", "I-Y"]], r"^data: row 0, word 1: the tag 'I-Y' after 'B-X' is not BIO"),
-        ([["b", "c"]], [["X", "O"]], r"^data: row 0, word 0: the tag 'X' at the start is not BIO"),
-        ([["a"], []], [["O"], []], r"^data: row 1 of column 'tokens' has no words$"),
-        ([["a"], None], [["O"], ["O"]], r"^data: row 1 of column 'tokens' is not a list of words$"),
+        ([["b", "c"]], [["B-X", "I-Y"]], r"^data: row 0: word 1: the tag 'I-Y' after 'B-X' is not BIO"),
+        ([["b", "c"]], [["X", "O"]], r"^data: row 0: word 0: the tag 'X' at the start is not BIO"),
+        ([["a"], []], [["O"], []], r"^data: row 1: column 'tokens' has no words$"),
+        ([["a"], None], [["O"], ["O"]], r"^data: row 1: column 'tokens' is not a list of words$"),
         (
             [["a"], ["b", None]],
             [["O"], ["O", "O"]],
-            r"^data: row 1 of column 'tokens' is not a list of words$",
+            r"^data: row 1: column 'tokens' is not a list of words$",
         ),
-        (["a b", "c"], [["O", "O"], ["O"]], r"^data: row 0 of column 'tokens' is not a list of words$"),
+        (["a b", "c"], [["O", "O"], ["O"]], r"^data: row 0: column 'tokens' is not a list of words$"),
         ([["a"], ["b"]], [["O"], ["O"]], r"^data\.tags_column: 'tags' has no entity; all tags are O$"),
     ],
 )
@@ -170,7 +170,7 @@ def test_bad_rows_are_named(tokens, tags, message):
 
 def test_a_type_that_training_never_had_is_refused(word_level):
     refused(
-        r"^data: row 1, word 1: the training set has no entity of type 'PERS' \(did you mean 'PER'\?\); it has LOC, PER$",
+        r"^data: row 1: word 1: the training set has no entity of type 'PERS' \(did you mean 'PER'\?\); it has LOC, PER$",
         [["a"], ["b", "c"]],
         [["O"], ["O", "B-PERS"]],
         LABELS,

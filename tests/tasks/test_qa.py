@@ -296,11 +296,11 @@ FINE = ("soup", CONTEXT, "goal")
         ),
         (
             ("soup", CONTEXT),
-            r"^data: row 1 has no answer; unanswerable questions are not of this task, drop them$",
+            r"^data: row 1: no answer; unanswerable questions are not of this task, drop them$",
         ),
-        (("soup", ""), r"^data: row 1 has (an empty context|no answer)"),
+        (("soup", ""), r"^data: row 1: (an empty context|no answer)"),
         (("soup", " \n\u00a0", (" ", 0)), r"^data: row 1"),
-        ((" \t", CONTEXT, "goal"), r"^data: row 1 has an empty question$"),
+        ((" \t", CONTEXT, "goal"), r"^data: row 1: an empty question$"),
     ],
 )
 def test_bad_rows_are_named(word_level, row, message):
@@ -308,7 +308,7 @@ def test_bad_rows_are_named(word_level, row, message):
 
 
 def test_an_empty_context_is_named_for_predictions_too(word_level):
-    with pytest.raises(FederaError, match=r"^data: row 1 has an empty context$"):
+    with pytest.raises(FederaError, match=r"^data: row 1: an empty context$"):
         TASK.encode(table(("soup", "goal"), ("soup", " \n")), DATA, word_level, None)
 
 
@@ -325,7 +325,7 @@ def test_an_empty_context_is_named_for_predictions_too(word_level):
 def test_answers_of_another_form_are_named(word_level, cell):
     rows = datasets.Dataset.from_dict({"question": ["soup"], "context": [CONTEXT], "answers": [cell]})
     refused(
-        r"^data: row 0 of column 'answers': expected 'text' and 'answer_start', lists of equal length$",
+        r"^data: row 0: column 'answers': expected 'text' and 'answer_start', lists of equal length$",
         rows,
         word_level,
     )
@@ -335,7 +335,7 @@ def test_a_text_that_is_none_is_named(word_level):
     rows = datasets.Dataset.from_dict(
         {"question": ["soup", None], "context": [CONTEXT] * 2, "answers": table(FINE, FINE)["answers"]}
     )
-    refused(r"^data: row 1 of column 'question' is None, not a text$", rows, word_level)
+    refused(r"^data: row 1: column 'question' is None, not a text$", rows, word_level)
 
 
 def test_a_question_longer_than_the_window_is_named(word_level):

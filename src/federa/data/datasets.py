@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +17,7 @@ from sklearn.model_selection import GroupShuffleSplit, train_test_split
 
 from federa.data.readers import CONLL, read_conll, read_mrqa, read_squad, require_utf8
 from federa.registry import nearest
-from federa.types import FederaError, IntArray
+from federa.types import FederaError, IntArray, RowError
 
 EMBEDDED = "bbc_news"
 _FORMATS = {
@@ -85,15 +87,60 @@ class Needs(Protocol):
 
     def strata(self, table: Any, data: DataConfig) -> list[str] | None: ...  # noqa: D102
 
+    def kinds(self, table: Any, data: DataConfig) -> Sequence[Collection[str]] | None: ...  # noqa: D102
+
     def units(self, table: Any, data: DataConfig) -> list[str] | None: ...  # noqa: D102
 
 
 @dataclass(frozen=True, slots=True)
-class Splits:
-    """The tables of a run: what clients hold, and what the server evaluates on."""
+class Split:
+    """Rows of a table that was read.
 
-    train: Any
-    evaluation: Any
+    Attributes:
+        table: the rows.
+        name: of the table that they come from: train, validation or test.
+        rows: `(num_rows,)`, their numbers there.
+    """
+
+    table: Any
+    name: str
+    rows: IntArray
+
+    def select(self, places: IntArray) -> Split:
+        """Return some of the rows, in their order here."""
+        places = np.sort(places)
+        return Split(self.table.select(places), self.name, self.rows[places])
+
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        """Let mistakes in these rows name the table that they were read from, and their number there.
+
+        Raises:
+            FederaError: where there is a `RowError` in the block.
+        """
+        try:
+            yield
+        except RowError as error:
+            row = self.rows[error.row]
+            raise FederaError(f"data: row {row} of the {self.name} table: {error.what}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Splits:
+    """The rows of a run: what clients hold, and what the server evaluates on."""
+
+    training: Split
+    evaluated: Split
+
+    @property
+    def train(self) -> Any:
+        """The table of what clients hold."""
+        return self.training.table
+
+    @property
+    def evaluation(self) -> Any:
+        """The table of what the server evaluates on."""
+        return self.evaluated.table
 
 
 def read_table(path: str, what: str) -> Any:
@@ -190,16 +237,20 @@ def read_splits(config: DataConfig, task: Needs) -> Splits:
             tables[split] = read_table(path, f"data.{split}")
     for split, table in tables.items():
         require_columns(table, f"the {split} table", [*task.inputs(config), *task.answers(config)])
-    if "test" not in tables:
-        tables["train"], tables["test"] = _hold_out(tables["train"], config, task, config.test_fraction)
-    if config.evaluate_on == "validation" and "validation" not in tables:
+    splits = {name: Split(table, name, np.arange(len(table))) for name, table in tables.items()}
+    if "test" not in splits:
+        splits["train"], splits["test"] = _hold_out(splits["train"], config, task, config.test_fraction)
+    if config.evaluate_on == "validation" and "validation" not in splits:
         if config.validation_fraction == 0:
             raise FederaError("data.evaluate_on=validation: give data.validation or data.validation_fraction")
-        tables["train"], tables["validation"] = _hold_out(
-            tables["train"], config, task, config.validation_fraction
+        splits["train"], splits["validation"] = _hold_out(
+            splits["train"], config, task, config.validation_fraction
         )
-    train = _sample(tables["train"], config.max_train, config.split_seed)
-    return Splits(train, _sample(tables[config.evaluate_on], config.max_test, config.split_seed))
+    train, evaluated = splits["train"], splits[config.evaluate_on]
+    return Splits(
+        train.select(_sample(len(train.table), config.max_train, config.split_seed)),
+        evaluated.select(_sample(len(evaluated.table), config.max_test, config.split_seed)),
+    )
 
 
 def read_client(config: DataConfig, task: Needs) -> Any:
@@ -212,7 +263,7 @@ def read_client(config: DataConfig, task: Needs) -> Any:
     require_columns(table, "the client's table", [*task.inputs(config), *task.answers(config)])
     if len(table) == 0:
         raise FederaError(f"data.train: {config.train} has no row")
-    return _sample(table, config.max_train, config.split_seed)
+    return table.select(np.sort(_sample(len(table), config.max_train, config.split_seed)))
 
 
 def read_held_out(config: DataConfig, task: Needs) -> Any:
@@ -227,7 +278,7 @@ def read_held_out(config: DataConfig, task: Needs) -> Any:
         raise FederaError(f"{key}: a server has no training data to hold examples out of; give {key}=FILE")
     table = read_table(path, key)
     require_columns(table, f"the {config.evaluate_on} table", [*task.inputs(config), *task.answers(config)])
-    return _sample(table, config.max_test, config.split_seed)
+    return table.select(np.sort(_sample(len(table), config.max_test, config.split_seed)))
 
 
 def _read_source(config: DataConfig) -> dict[str, Any]:
@@ -258,28 +309,51 @@ def require_columns(table: Any, what: str, columns: Sequence[str]) -> None:
             )
 
 
-def _hold_out(table: Any, config: DataConfig, task: Needs, fraction: float) -> tuple[Any, Any]:
-    rows = np.arange(len(table))
-    units, strata = task.units(table, config), task.strata(table, config)
+def _hold_out(split: Split, config: DataConfig, task: Needs, fraction: float) -> tuple[Split, Split]:
+    """Return the rows without a share of them, and that share.
+
+    What only one row shows of the label set (a rare label, an entity's type) stays where it is trained on.
+    """
+    rows = np.arange(len(split.table))
+    with split.named():
+        units, strata = task.units(split.table, config), task.strata(split.table, config)
+        kinds = task.kinds(split.table, config)
     try:
         if units is not None:
-            split = GroupShuffleSplit(1, test_size=fraction, random_state=config.split_seed)
-            kept, held = next(split.split(rows, groups=units))
+            shuffle = GroupShuffleSplit(1, test_size=fraction, random_state=config.split_seed)
+            held = next(shuffle.split(rows, groups=units))[1]
         else:
-            rare = strata is None or min(np.unique(strata, return_counts=True)[1]) < 2
-            kept, held = train_test_split(
-                rows,
-                test_size=fraction,
-                random_state=config.split_seed,
-                stratify=None if rare else strata,
-            )
+            held = _drawn(rows, strata, fraction, config.split_seed)
     except ValueError as error:
         raise FederaError(f"data: cannot hold out {fraction:.0%} of {len(rows)} rows ({error})") from error
-    return table.select(np.sort(kept)), table.select(np.sort(held))
+    if kinds is not None:
+        known = set().union(*(kinds[row] for row in np.setdiff1d(rows, held)))
+        for row in held:
+            if not known.issuperset(kinds[row]):
+                known.update(kinds[row])
+                held = held[held != row]
+    if len(held) == 0:
+        raise FederaError(f"data: cannot hold out {fraction:.0%} of {len(rows)} rows: no label occurs twice")
+    return split.select(np.setdiff1d(rows, held)), split.select(held)
 
 
-def _sample(table: Any, limit: int | None, seed: int) -> Any:
-    if limit is None or limit >= len(table):
-        return table
-    rows: IntArray = np.random.default_rng(seed).choice(len(table), limit, replace=False)
-    return table.select(np.sort(rows))
+def _drawn(rows: IntArray, strata: Sequence[str] | None, fraction: float, seed: int) -> IntArray:
+    """Return a share of the rows: of each stratum alike, where there are enough rows of each."""
+    if strata is not None:
+        times = Counter(strata)
+        rows = rows[[times[value] > 1 for value in strata]]
+        if len(rows) == 0:
+            return rows
+        strata = [strata[row] for row in rows]
+        if min(fraction, 1 - fraction) * len(rows) < len(set(strata)):
+            strata = None
+    held: IntArray = train_test_split(rows, test_size=fraction, random_state=seed, stratify=strata)[1]
+    return held
+
+
+def _sample(size: int, limit: int | None, seed: int) -> IntArray:
+    """Return which of so many rows are taken, all of them or a number drawn at random."""
+    if limit is None or limit >= size:
+        return np.arange(size)
+    chosen: IntArray = np.random.default_rng(seed).choice(size, limit, replace=False)
+    return chosen

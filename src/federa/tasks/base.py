@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch import Tensor
 from federa.data.batches import Encoded, Ragged
 from federa.data.datasets import DataConfig
 from federa.registry import Component, Registry
-from federa.types import FederaError, FloatArray, IntArray
+from federa.types import FloatArray, IntArray, RowError
 
 Prediction = Any
 """What a task makes of a model's outputs for one example: its own kind of thing."""
@@ -71,7 +71,7 @@ class Task(Component, ABC):
             labels: the label names; None to encode for predictions, without targets.
 
         Raises:
-            FederaError: a label outside the set, or an example that cannot be used; it names the row.
+            RowError: a label outside the set, or an example that cannot be used.
         """
 
     def from_text(self, text: str) -> Any:
@@ -88,6 +88,10 @@ class Task(Component, ABC):
 
     def strata(self, table: Any, data: DataConfig) -> list[str] | None:
         """Return values of which a hold-out keeps the shares, one an example; None for no such thing."""
+        return None
+
+    def kinds(self, table: Any, data: DataConfig) -> Sequence[Collection[str]] | None:
+        """Return what each example shows of the label set: a hold-out leaves all of it in training."""
         return None
 
     def units(self, table: Any, data: DataConfig) -> list[str] | None:
@@ -147,13 +151,13 @@ def require_texts(table: Any, columns: Sequence[str]) -> list[list[str]]:
     """Return columns of texts.
 
     Raises:
-        FederaError: a cell that is not a text; it names the row.
+        RowError: a cell that is not a text.
     """
     texts = [list(table[column]) for column in columns]
     for column, values in zip(columns, texts, strict=True):
         wrong = next((i for i, v in enumerate(values) if not isinstance(v, str)), None)
         if wrong is not None:
-            raise FederaError(f"data: row {wrong} of column {column!r} is {values[wrong]!r}, not a text")
+            raise RowError(wrong, f"column {column!r} is {values[wrong]!r}, not a text")
     return texts
 
 

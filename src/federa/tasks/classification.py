@@ -15,7 +15,7 @@ from federa.data.batches import IGNORED_LABEL, Encoded, Ragged
 from federa.data.datasets import DataConfig
 from federa.registry import nearest
 from federa.tasks.base import TASKS, Task, paddings, require_texts
-from federa.types import FederaError, FloatArray, IntArray
+from federa.types import FederaError, FloatArray, IntArray, RowError
 
 OTHER = "Other"  # SemEval's label for no relation
 
@@ -58,9 +58,10 @@ class Classification(Task):
         feature = table.features[data.label_column]
         if hasattr(feature, "names"):
             return self._checked(list(feature.names))
-        values = set(table[data.label_column])
-        if None in values:
-            raise FederaError(f"data.label_column: {data.label_column!r} has empty cells")
+        column = list(table[data.label_column])
+        if None in column:
+            raise RowError(column.index(None), f"column {data.label_column!r} is empty")
+        values = set(column)
         if len(values) < 2:
             raise FederaError(f"data.label_column: {data.label_column!r} has one value only; two are needed")
         return self._checked([str(value) for value in sorted(values)])
@@ -87,6 +88,17 @@ class Classification(Task):
     def groups(self, table: Any, data: DataConfig) -> list[str]:
         """Return the labels' names."""
         return label_names(table, data)
+
+    def kinds(self, table: Any, data: DataConfig) -> list[list[str]]:
+        """Return each text's label."""
+        return [[label] for label in label_names(table, data)]
+
+    def scorable(self, encoded: Encoded, examples: IntArray) -> bool:
+        """Return whether there is a relation to find, where those are what the metric counts."""
+        labels = encoded.targets["labels"]
+        assert not isinstance(labels, Ragged)
+        names = {encoded.reference[label] for label in labels[examples]}
+        return bool(names - {OTHER} if self.metric == "semeval_f1" else names)
 
     def strata(self, table: Any, data: DataConfig) -> list[str]:
         """Return the labels' names."""
@@ -179,15 +191,15 @@ def label_ids(table: Any, data: DataConfig, labels: Sequence[str]) -> IntArray:
     """Return the id of every row's label, `(num_rows,)`.
 
     Raises:
-        FederaError: a label that the training table does not have; it names the row.
+        RowError: a label that the training table does not have.
     """
     known = {label: i for i, label in enumerate(labels)}
     words = label_names(table, data)
     row = next((i for i, word in enumerate(words) if word not in known), None)
     if row is not None:
         shown = ", ".join(list(labels)[:8]) + (", ..." if len(labels) > 8 else "")
-        raise FederaError(
-            f"data.label_column: row {row}: label {words[row]!r} is outside the training set's labels"
-            f"{nearest(words[row], known)}: {shown}"
+        raise RowError(
+            row,
+            f"label {words[row]!r} is outside the training set's labels{nearest(words[row], known)}: {shown}",
         )
     return np.array([known[word] for word in words], dtype=np.int64)

@@ -15,7 +15,7 @@ from federa.registry import nearest
 from federa.tasks.base import TASKS, Task, paddings
 from federa.tasks.spans import OUTSIDE, from_iob1, illegal, span_scores, split_tag
 from federa.tasks.windows import frame, owners, require_room, window_starts
-from federa.types import FederaError, FloatArray, IntArray
+from federa.types import FederaError, FloatArray, IntArray, RowError
 
 NO_ENTITY = "none"  # the group of sentences without an entity
 
@@ -53,7 +53,7 @@ class NER(Task):
 
     def labels(self, table: Any, data: DataConfig) -> list[str]:
         """Return `O` and, for every type that occurs, `B-` and `I-`: closed, whichever of them occurs."""
-        kinds = {split_tag(tag)[1] for tags in self._tags(table, data) for tag in tags} - {""}
+        kinds = set().union(*self.kinds(table, data))
         if not kinds:
             raise FederaError(f"data.tags_column: {data.tags_column!r} has no entity; all tags are O")
         return [OUTSIDE, *(f"{mark}-{kind}" for kind in sorted(kinds) for mark in "BI")]
@@ -71,20 +71,21 @@ class NER(Task):
         for row, (words, tags) in enumerate(zip(_words(table, data), table[column], strict=True)):
             if not isinstance(tags, list) or len(tags) != len(words):
                 count = f"{len(tags)} tags" if isinstance(tags, list) else "no list of tags"
-                raise FederaError(f"data: row {row} has {len(words)} words and {count}")
+                raise RowError(row, f"{len(words)} words and {count}")
             if names is not None:
                 tags = [names[tag] if isinstance(tag, int) and 0 <= tag < len(names) else tag for tag in tags]
             odd = next((i for i, tag in enumerate(tags) if not isinstance(tag, str)), None)
             if odd is not None:
-                raise FederaError(f"data: row {row}, word {odd}: the tag {tags[odd]!r} is not a text")
+                raise RowError(row, f"word {odd}: the tag {tags[odd]!r} is not a text")
             if self.scheme == "iob1":
                 tags = from_iob1(tags)
             wrong = illegal(tags)
             if wrong is not None:
                 after = f" after {tags[wrong - 1]!r}" if wrong else " at the start"
-                raise FederaError(
-                    f"data: row {row}, word {wrong}: the tag {tags[wrong]!r}{after} is not BIO"
-                    + ("; if the file is in IOB1, set task.scheme=iob1" if self.scheme == "bio" else "")
+                raise RowError(
+                    row,
+                    f"word {wrong}: the tag {tags[wrong]!r}{after} is not BIO"
+                    + ("; if the file is in IOB1, set task.scheme=iob1" if self.scheme == "bio" else ""),
                 )
             rows.append(tags)
         return rows
@@ -134,9 +135,10 @@ class NER(Task):
             if strange is not None:
                 kinds = sorted({split_tag(label)[1] for label in labels} - {""})
                 kind = split_tag(tags[strange])[1]
-                raise FederaError(
-                    f"data: row {row}, word {strange}: the training set has no entity of type {kind!r}"
-                    f"{nearest(kind, kinds)}; it has {', '.join(kinds)}"
+                raise RowError(
+                    row,
+                    f"word {strange}: the training set has no entity of type {kind!r}"
+                    f"{nearest(kind, kinds)}; it has {', '.join(kinds)}",
                 )
             out.append([known[tag] for tag in tags])
         return out
@@ -148,10 +150,13 @@ class NER(Task):
     def texts(self, table: Any, data: DataConfig) -> list[str]:  # noqa: D102
         return [" ".join(words) for words in _words(table, data)]
 
+    def kinds(self, table: Any, data: DataConfig) -> list[set[str]]:
+        """Return the types of each sentence's entities."""
+        return [{split_tag(tag)[1] for tag in tags} - {""} for tags in self._tags(table, data)]
+
     def groups(self, table: Any, data: DataConfig) -> list[str]:
         """Return the types of the entities that a sentence has, `LOC-PER` for example (FedNLP's groups)."""
-        kinds = ({split_tag(tag)[1] for tag in tags} - {""} for tags in self._tags(table, data))
-        return ["-".join(sorted(kind)) or NO_ENTITY for kind in kinds]
+        return ["-".join(sorted(kinds)) or NO_ENTITY for kinds in self.kinds(table, data)]
 
     def outputs(self, model_output: Any) -> Tensor:
         """Return the most likely tag of every token, `(batch, length)`."""
@@ -215,9 +220,9 @@ def _words(table: Any, data: DataConfig) -> list[list[str]]:
     sentences = list(table[data.tokens_column])
     for row, words in enumerate(sentences):
         if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-            raise FederaError(f"data: row {row} of column {data.tokens_column!r} is not a list of words")
+            raise RowError(row, f"column {data.tokens_column!r} is not a list of words")
         if not words:
-            raise FederaError(f"data: row {row} of column {data.tokens_column!r} has no words")
+            raise RowError(row, f"column {data.tokens_column!r} has no words")
     return sentences
 
 

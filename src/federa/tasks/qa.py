@@ -17,7 +17,7 @@ from federa.data.datasets import DataConfig
 from federa.tasks.base import TASKS, Task, paddings, require_texts
 from federa.tasks.squad import squad_scores
 from federa.tasks.windows import require_room
-from federa.types import FederaError, FloatArray, IntArray
+from federa.types import FloatArray, IntArray, RowError
 
 Offsets = np.ndarray[tuple[int], np.dtype[np.int32]]
 NOWHERE = -1  # the offset of a token that is not of the context
@@ -119,17 +119,18 @@ class QA(Task):
         for row, (question, context) in enumerate(zip(questions, contexts, strict=True)):
             for what, text in (("question", question), ("context", context)):
                 if not text.strip():
-                    raise FederaError(f"data: row {row} has an empty {what}")
+                    raise RowError(row, f"an empty {what}")
         special = tokenizer.num_special_tokens_to_add(pair=True)
         require_room(limit - special, self.overlap, limit)
         tokens = tokenizer(list(questions), add_special_tokens=False, verbose=False)["input_ids"]
         longest = int(np.argmax([len(one) for one in tokens]))
         taken = len(tokens[longest]) + special
         if limit - taken <= self.overlap:
-            raise FederaError(
-                f"data: row {longest}: its question and special tokens take {taken} of {limit} tokens, which "
+            raise RowError(
+                longest,
+                f"its question and special tokens take {taken} of {limit} tokens, which "
                 f"leaves no room for a context with an overlap of {self.overlap}; raise task.max_length, "
-                "lower task.overlap, or drop the row"
+                "lower task.overlap, or drop the row",
             )
 
     def _places(
@@ -270,22 +271,18 @@ def _gold(table: Any, data: DataConfig, contexts: Sequence[str]) -> list[list[Sp
             cell.get(key) if isinstance(cell, dict) else None for key in ("text", "answer_start")
         )
         if not isinstance(texts, list) or not isinstance(starts, list) or len(texts) != len(starts):
-            raise FederaError(
-                f"data: row {row} of column {data.answers_column!r}: expected 'text' and 'answer_start', "
-                "lists of equal length"
+            raise RowError(
+                row,
+                f"column {data.answers_column!r}: expected 'text' and 'answer_start', lists of equal length",
             )
         if not texts:
-            raise FederaError(
-                f"data: row {row} has no answer; unanswerable questions are not of this task, drop them"
-            )
+            raise RowError(row, "no answer; unanswerable questions are not of this task, drop them")
         for text, start in zip(texts, starts, strict=True):
             if not isinstance(text, str) or not text.strip() or not isinstance(start, int) or start < 0:
-                raise FederaError(f"data: row {row}: {text!r} at {start!r} is no answer")
+                raise RowError(row, f"{text!r} at {start!r} is no answer")
             if context[start : start + len(text)] != text:
                 there = context[start : start + len(text)]
-                raise FederaError(
-                    f"data: row {row}: the answer {text!r} is not at {start}; there stands {there!r}"
-                )
+                raise RowError(row, f"the answer {text!r} is not at {start}; there stands {there!r}")
         rows.append([_bare(text, start) for text, start in zip(texts, starts, strict=True)])
     return rows
 
