@@ -32,10 +32,13 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from federa.client import FlatParameters
+from federa.cpu import speed_up
 from federa.models import resolve_model
 
 LENGTH, VOCABULARY, WIDTH, HEADS = 128, 6_800, 384, 12
 TAKEN = (0, 2, 3, 5)  # of MiniLM's layers, where it begins with them
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
 COLUMNS = ("text", "context", "question")
 HELD_OUT = 0.02  # of the blocks, for a loss that says when it has had enough
 
@@ -212,23 +215,30 @@ def main() -> None:
     if asked.start == "minilm":
         begin_with_minilm(model, tokenizer)
     model = model.to(device)
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    if device.type == "cpu":
+        speed_up(model)
     data = torch.from_numpy(blocks(texts, tokenizer)).long()
     data = data[torch.randperm(len(data), generator=torch.Generator().manual_seed(0))]
     held, data = data[: int(HELD_OUT * len(data))], data[int(HELD_OUT * len(data)) :]
     count = sum(p.numel() for p in model.base_model.parameters())
     print(f"{len(texts):,} paragraphs, {data.numel():,} tokens; {count:,} parameters; {device}", flush=True)
-    parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=asked.lr, weight_decay=0.01, betas=(0.9, 0.98), fused=True)
+    flat = FlatParameters(model, frozenset(), bf16=True)
+    flat.load_(start)
+    flat.master.grad = flat.gradient
+    moments = {name: torch.zeros_like(flat.master) for name in MOMENTS}
+    optimizer = torch.optim.AdamW(
+        [flat.master], lr=asked.lr, weight_decay=0.01, betas=(0.9, 0.98), fused=True
+    )
     state, spent, step = asked.out / "training.safetensors", 0.0, 0
     if state.is_file():
         tensors, story = load_file(state), json.loads((asked.out / "training.json").read_text())
         spent, step = story["seconds"], story["steps"]
-        model.load_state_dict(
-            {k.removeprefix("model."): t for k, t in tensors.items() if k.startswith("model.")}, strict=False
-        )
-        for i, parameter in enumerate(parameters):
-            moments = {name: tensors[f"{name}.{i}"].to(device) for name in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[parameter] = {"step": torch.tensor(float(step)), **moments}
+        flat.load_({name: tensors[f"model.{name}"] for name in flat.names})
+        for kind, vector in moments.items():
+            for name in flat.names:
+                flat.view(vector, name).copy_(tensors[f"{kind}.{name}"])
+    optimizer.state[flat.master] = {"step": torch.tensor(float(step)), **moments}
     rng, began, told = torch.Generator().manual_seed(1 + step), time.monotonic(), time.monotonic()
     total, before, losses = 60 * asked.minutes, spent, []
 
@@ -236,11 +246,10 @@ def main() -> None:
         inputs, labels = (
             t.to(device, non_blocking=True) for t in masked(rows, tokenizer.mask_token_id, draws)
         )
-        with torch.autocast(device.type, torch.bfloat16):
-            hidden = model.base_model(input_ids=inputs).last_hidden_state[labels >= 0]
-            # The vocabulary for masked tokens only: a seventh of the products of the whole head.
-            head = model.lm_head if asked.kind == "roberta" else model.cls
-            logits = head(hidden)
+        hidden = model.base_model(input_ids=inputs).last_hidden_state[labels >= 0]
+        # The vocabulary for masked tokens only: a seventh of the products of the whole head.
+        head = model.lm_head if asked.kind == "roberta" else model.cls
+        logits = head(hidden)
         return torch.nn.functional.cross_entropy(logits.float(), labels[labels >= 0])
 
     while spent < total:
@@ -250,10 +259,10 @@ def main() -> None:
             group["lr"] = rate
         rows = data[torch.randint(len(data), (asked.batch,), generator=rng)]
         loss = loss_of(rows, rng)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        flat.backward_(loss)
+        flat.gradient.mul_((1 / (torch.linalg.vector_norm(flat.gradient) + 1e-6)).clamp(max=1.0))
         optimizer.step()
+        flat.push_()
         losses.append(loss.detach())
         step, spent = step + 1, before + time.monotonic() - began
         if time.monotonic() - told > 30 or spent >= total:
@@ -270,8 +279,8 @@ def main() -> None:
                 asked.out,
                 model,
                 tokenizer,
-                optimizer,
-                parameters,
+                flat,
+                moments,
                 {
                     "seconds": spent,
                     "steps": step,
@@ -282,17 +291,19 @@ def main() -> None:
             losses, told = [], time.monotonic()
 
 
-def write(to, model, tokenizer, optimizer, parameters, story) -> None:
+def write(to, model, tokenizer, flat, moments, story) -> None:
     """Write the encoder in fp16, its tokenizer, and what it takes to go on."""
     to.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(to)
-    tensors = {f"model.{name}": p.detach().cpu().contiguous() for name, p in model.named_parameters()}
-    for i, parameter in enumerate(parameters):
-        for name in ("exp_avg", "exp_avg_sq"):
-            tensors[f"{name}.{i}"] = optimizer.state[parameter][name].cpu().contiguous()
+    tensors = {
+        f"{kind}.{name}": tensor.contiguous()
+        for kind, vector in (("model", flat.master), *moments.items())
+        for name, tensor in flat.read(vector, flat.names).items()
+    }
     save_file(tensors, to / "training.safetensors")
     (to / "training.json").write_text(json.dumps(story, indent=1) + "\n")
-    half = {name: t.detach().half().cpu() for name, t in model.base_model.state_dict().items()}
+    own = f"model.{model.base_model_prefix}."
+    half = {name.removeprefix(own): t.half() for name, t in tensors.items() if name.startswith(own)}
     model.base_model.save_pretrained(to, state_dict=half)
 
 

@@ -98,22 +98,23 @@ class FlatParameters:
         self._work = self.master if not bf16 else self.master.bfloat16()
         self._work_gradient = self.gradient if not bf16 else self.gradient.bfloat16()
         for name in self.names:
-            named[name].data = self._view(self._work, name)
-            named[name].grad = self._view(self._work_gradient, name)
+            named[name].data = self.view(self._work, name)
+            named[name].grad = self.view(self._work_gradient, name)
         self.segments = []
         for (is_head, plain), members in itertools.groupby(self.names, key=lambda name: key[name]):
             group = list(members)
             span = slice(self.slices[group[0]].start, self.slices[group[-1]].stop)
             self.segments.append((span, is_head, not plain))
 
-    def _view(self, flat: Tensor, name: str) -> Tensor:
+    def view(self, flat: Tensor, name: str) -> Tensor:
+        """Return what a flat vector like `master` holds for a parameter, in its shape."""
         return flat[self.slices[name]].view(self.shapes[name])
 
     def load_(self, *states: State) -> None:
         """Copy states into the masters and the model."""
         for state in states:
             for name, tensor in state.items():
-                self._view(self.master, name).copy_(tensor)
+                self.view(self.master, name).copy_(tensor)
         self.push_()
 
     def push_(self) -> None:
@@ -139,7 +140,7 @@ class FlatParameters:
     def read(self, flat: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
         """Return named views of a flat vector like `master`, on the CPU."""
         flat = flat.cpu()
-        return {name: self._view(flat, name) for name in names}
+        return {name: self.view(flat, name) for name in names}
 
 
 class Trainer:
