@@ -9,6 +9,7 @@ scores: here only these are multiplied by, and a diagonal is read through stride
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -20,6 +21,8 @@ from transformers.models.deberta_v2.modeling_deberta_v2 import (
 )
 
 from federa.cpu.plain import Stackable, apply_mask, draw_mask
+
+TABLE_BYTES = 1 << 21  # of a table of scores by relative position
 
 
 def on_diagonals(table: Tensor) -> Tensor:
@@ -44,6 +47,14 @@ def _tabled(scores: Tensor) -> Tensor:
     return table
 
 
+def _parts(q: Tensor) -> Iterator[slice]:
+    """Yield groups a few at a time: tables that stay in the cache, out of memory that is used again."""
+    _, batch, length, _ = q.shape
+    size = max(1, TABLE_BYTES // (batch * length * (2 * length - 1) * q.element_size()))
+    for first in range(0, len(q), size):
+        yield slice(first, first + size)
+
+
 class DisentangledAttention(Stackable):
     """softmax(Q K' + Q P' + (K R')' + mask), dropped out, times V: (q, k, v, p, r, mask, rate).
 
@@ -57,38 +68,48 @@ class DisentangledAttention(Stackable):
     def forward(  # noqa: D102, PLR0917
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, p: Tensor, r: Tensor, mask: Tensor, rate: float
     ) -> Tensor:
-        scores = q @ k.transpose(-1, -2)
-        for content, positions, transposed in ((q, p, False), (k, r, True)):
-            table = torch.bmm(content.flatten(1, 2), positions.transpose(1, 2)).view(*q.shape[:-1], -1)
-            part = on_diagonals(table)
-            scores += part.transpose(-1, -2) if transposed else part
-        scores.unflatten(0, (mask.shape[0], -1)).add_(mask[:, None])
-        weights = torch.softmax(scores, dim=-1)
-        kept, ctx.drop_scale = (None, 1.0) if rate == 0 else draw_mask(weights.shape, rate)
-        dropped = weights if kept is None else apply_mask(weights, kept, ctx.drop_scale)
+        weights, out = q.new_empty(*q.shape[:-1], q.shape[-2]), torch.empty_like(q)
+        kept = None if rate == 0 else torch.empty(weights.shape, dtype=torch.int16)
+        ctx.drop_scale = 1.0
+        own = torch.arange(len(q)) // (len(q) // len(mask))  # whose mask is a group's
+        for part in _parts(q):
+            scores = q[part] @ k[part].transpose(-1, -2)
+            for content, positions, flipped in ((q, p, False), (k, r, True)):
+                table = torch.bmm(content[part].flatten(1, 2), positions[part].transpose(1, 2))
+                said = on_diagonals(table.view(*scores.shape[:-1], -1))
+                scores += said.transpose(-1, -2) if flipped else said
+            scores += mask if len(mask) == 1 else mask[own[part]]
+            weights[part] = dropped = torch.softmax(scores, dim=-1)
+            if kept is not None:
+                kept[part], ctx.drop_scale = draw_mask(scores.shape, rate)
+                dropped = apply_mask(dropped, kept[part], ctx.drop_scale)
+            out[part] = dropped @ v[part]
         ctx.save_for_backward(q, k, v, p, r, weights, kept)
-        return dropped @ v
+        return out
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
         q, k, v, p, r, weights, kept = ctx.saved_tensors
-        grad = grads[0]
-        d_weights = grad @ v.transpose(-1, -2)
-        dropped = weights
-        if kept is not None:
-            dropped = apply_mask(weights, kept, ctx.drop_scale)
-            d_weights = apply_mask(d_weights, kept, ctx.drop_scale)
-        d_v = dropped.transpose(-1, -2) @ grad
-        d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
-        flipped = d_scores.transpose(-1, -2)
-        d_q, d_k = d_scores @ k, flipped @ q
-        d_positions = []
-        for d_content, content, positions, part in ((d_q, q, p, d_scores), (d_k, k, r, flipped)):
-            table = _tabled(part).flatten(1, 2)
-            d_content.flatten(1, 2).baddbmm_(table, positions)
-            d_positions.append(torch.bmm(table.transpose(1, 2), content.flatten(1, 2)))
-        return d_q, d_k, d_v, *d_positions, None, None
+        d_q, d_k, d_v, d_p, d_r = (torch.empty_like(t) for t in (q, k, v, p, r))
+        for part in _parts(q):
+            grad, dropped = grads[0][part], weights[part]
+            d_weights = grad @ v[part].transpose(-1, -2)
+            if kept is not None:
+                dropped = apply_mask(dropped, kept[part], ctx.drop_scale)
+                d_weights = apply_mask(d_weights, kept[part], ctx.drop_scale)
+            d_v[part] = dropped.transpose(-1, -2) @ grad
+            d_scores = torch._softmax_backward_data(d_weights, weights[part], -1, weights.dtype)
+            flipped = d_scores.transpose(-1, -2)
+            d_q[part], d_k[part] = d_scores @ k[part], flipped @ q[part]
+            for d_content, content, d_positions, positions, said in (
+                (d_q, q, d_p, p, d_scores),
+                (d_k, k, d_r, r, flipped),
+            ):
+                table = _tabled(said).flatten(1, 2)
+                d_content[part].flatten(1, 2).baddbmm_(table, positions[part])
+                d_positions[part] = torch.bmm(table.transpose(1, 2), content[part].flatten(1, 2))
+        return d_q, d_k, d_v, d_p, d_r, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Tensor, int]:  # noqa: D102
