@@ -146,7 +146,7 @@ def speed_up(model: Any) -> None:
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = frozen.FrozenLinear
-    if getattr(model.config, "model_type", "") == "deberta-v2":
+    if getattr(getattr(model, "config", None), "model_type", "") == "deberta-v2":
         from federa.cpu.disentangled import attend_along_diagonals  # loads that family's model
 
         attend_along_diagonals(model)
