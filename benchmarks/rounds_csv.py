@@ -23,11 +23,15 @@ def rows(folder: Path) -> list[dict[str, object]]:
         if not (run / "result.json").is_file():
             continue
         method, _, seed = run.name.rpartition("-seed")
-        lr = yaml.safe_load((run / "config.yaml").read_text())["client"]["lr"]
+        recipe = yaml.safe_load((run / "config.yaml").read_text())
         for line in (run / "metrics.jsonl").read_text().splitlines():
             record = json.loads(line)
-            row = {"setting": run.parent.name, "method": method, "seed": int(seed), "lr": lr}
-            row["round"] = record["round"]
+            row = {"setting": run.parent.name, "method": method, "seed": int(seed)}
+            row |= {
+                "lr": recipe["client"]["lr"],
+                "mean_of": recipe["final_mean_of"],
+                "round": record["round"],
+            }
             for name in (*KEPT, *SENT):
                 if name in record:
                     value = record[name]
@@ -46,7 +50,7 @@ def main() -> None:
     found = rows(asked.comparison)
     if not found:
         parser.error(f"{asked.comparison} has no finished run")
-    columns = ("setting", "method", "seed", "lr", "round", *KEPT, *SENT)
+    columns = ("setting", "method", "seed", "lr", "mean_of", "round", *KEPT, *SENT)
     columns = [name for name in columns if any(name in row for row in found)]
     with asked.to.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")

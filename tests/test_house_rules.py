@@ -25,6 +25,7 @@ LAYERS = [
         "privacy",
         "report",
     ),
+    ("vocabulary",),
     ("client", "server", "diagnostics"),
     ("engines", "wires"),
     ("config",),

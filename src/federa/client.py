@@ -6,9 +6,11 @@ in any state after it. From outside an update is pure: any order of clients give
 
 from __future__ import annotations
 
+import copy
 import itertools
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal
 
 import numpy as np
@@ -22,6 +24,7 @@ from federa.seeds import generator, torch_seeded
 from federa.state import trained_parameters
 from federa.tasks.base import Task
 from federa.types import FloatArray, IntArray, Job, State, Update
+from federa.vocabulary import Vocabulary, first_tokens, table_that_shrinks
 
 
 class ClientConfig(BaseModel):
@@ -74,16 +77,26 @@ class FlatParameters:
 
     Parameters are laid out in four segments: (encoder, head) x (decayed, not decayed), so that an optimizer
     step is four calls on long vectors whatever the model. With `bf16` the model's views are bfloat16 copies.
+    The table of token embeddings, where it trains, is a fifth segment at the end, so that a job can leave out
+    the rows that its texts do not have (`with_tokens`).
 
     Attributes:
         names: in the buffer's order.
         master: `(num_trained,)` float32, what the optimizer changes.
         segments: for each non-empty segment its slice, whether it belongs to the head, and whether it decays.
+        table: the name of the token embeddings, if they train.
+        tokens: which of the table's rows are here, ascending; None for all of them.
     """
 
-    def __init__(self, model: nn.Module, head: frozenset[str], *, bf16: bool) -> None:
+    tokens: Tensor | None = None
+    _whole: torch.Size  # the table's shape, where `tokens` are some of it
+
+    def __init__(
+        self, model: nn.Module, head: frozenset[str], *, bf16: bool, table: str | None = None
+    ) -> None:
         named = trained_parameters(model)
-        key = {name: (name in head, p.ndim < 2) for name, p in named.items()}
+        self.table = table if table in named else None
+        key = {name: (name == self.table, name in head, p.ndim < 2) for name, p in named.items()}
         self.names = sorted(named, key=lambda name: key[name])  # stable: the model's order within a segment
         self.shapes = {name: named[name].shape for name in self.names}
         sizes = [named[name].numel() for name in self.names]
@@ -97,14 +110,48 @@ class FlatParameters:
         self.gradient = torch.zeros_like(self.master)
         self._work = self.master if not bf16 else self.master.bfloat16()
         self._work_gradient = self.gradient if not bf16 else self.gradient.bfloat16()
+        self._named = named
         for name in self.names:
-            named[name].data = self.view(self._work, name)
-            named[name].grad = self.view(self._work_gradient, name)
+            self._give_out(name)
         self.segments = []
-        for (is_head, plain), members in itertools.groupby(self.names, key=lambda name: key[name]):
+        for (_, is_head, plain), members in itertools.groupby(self.names, key=lambda name: key[name]):
             group = list(members)
             span = slice(self.slices[group[0]].start, self.slices[group[-1]].stop)
             self.segments.append((span, is_head, not plain))
+
+    def _give_out(self, name: str) -> None:
+        """Make a parameter of the model, and its gradient, views into the buffers."""
+        parameter = self._named[name]
+        parameter.grad = None
+        parameter.data = self.view(self._work, name)
+        parameter.grad = self.view(self._work_gradient, name)
+
+    @contextmanager
+    def with_tokens(self, tokens: Tensor) -> Iterator[FlatParameters]:
+        """Yield the parameters with these rows of the table alone, in the same buffers.
+
+        Meanwhile the model's table is as short. Rows of tokens that no text has get no gradient and stay what
+        they were, and so a third to a half of a small encoder is not gone through in every step.
+
+        Args:
+            tokens: ascending row numbers of the table.
+        """
+        assert self.table is not None
+        part, span = copy.copy(self), self.slices[self.table]
+        end = span.start + len(tokens) * self.shapes[self.table][1]
+        part.tokens, part._whole = tokens, self.shapes[self.table]
+        part.shapes = {**self.shapes, self.table: torch.Size((len(tokens), self.shapes[self.table][1]))}
+        part.slices = {**self.slices, self.table: slice(span.start, end)}
+        part.segments = [*self.segments[:-1], (slice(span.start, end), *self.segments[-1][1:])]
+        part.master, part.gradient = self.master[:end], self.gradient[:end]
+        part._work = part.master if self._work is self.master else self._work[:end]
+        apart = self._work_gradient is not self.gradient
+        part._work_gradient = self._work_gradient[:end] if apart else part.gradient
+        try:
+            part._give_out(self.table)
+            yield part
+        finally:
+            self._give_out(self.table)
 
     def view(self, flat: Tensor, name: str) -> Tensor:
         """Return what a flat vector like `master` holds for a parameter, in its shape."""
@@ -114,7 +161,8 @@ class FlatParameters:
         """Copy states into the masters and the model."""
         for state in states:
             for name, tensor in state.items():
-                self.view(self.master, name).copy_(tensor)
+                own = tensor if self.tokens is None or name != self.table else tensor[self.tokens]
+                self.view(self.master, name).copy_(own)
         self.push_()
 
     def push_(self) -> None:
@@ -142,6 +190,14 @@ class FlatParameters:
         flat = flat.cpu()
         return {name: self.view(flat, name) for name in names}
 
+    def changes(self, start: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+        """Return by name what has changed since `start`, a copy of `master`; rows not here have not."""
+        found = self.read(self.master - start, names)
+        if self.table in found and self.tokens is not None:
+            whole = torch.zeros(self._whole)
+            found[self.table] = whole.index_copy_(0, self.tokens.cpu(), found[self.table])
+        return found
+
 
 class Trainer:
     """One resident model that trains any client of a run, and predicts with any state.
@@ -163,7 +219,10 @@ class Trainer:
         self.head = head
         if config.checkpointing:
             checkpoint_layers(model)
-        self.flat = FlatParameters(model, head, bf16=config.precision == "bf16")
+        # Decay changes every row.
+        table = None if config.weight_decay else table_that_shrinks(model)
+        self.flat = FlatParameters(model, head, bf16=config.precision == "bf16", table=table)
+        self._places: Tensor | None = None
         self.device = self.flat.master.device
         self.shared = [name for name in self.flat.names if name not in local]
         self.local = [name for name in self.flat.names if name in local]
@@ -183,9 +242,15 @@ class Trainer:
         Returns:
             The update, of fresh tensors, and what the client keeps.
         """
+        with self._own_tokens(data, rows):
+            return self._train(params, data, rows, job, local or {})
+
+    def _train(
+        self, params: State, data: Encoded, rows: IntArray, job: Job, local: State
+    ) -> tuple[Update, State]:
         began = time.perf_counter()
         config, flat = self.config, self.flat
-        flat.load_(params, local or {})
+        flat.load_(params, local)
         start = flat.master.clone()
         optimizer, losses, seen = self._optimizer(job.lr), [], 0
         self.model.train()
@@ -200,7 +265,6 @@ class Trainer:
                 optimizer.step()
                 flat.push_()
                 seen += len(batch_rows)
-        delta = flat.master - start
         kept = {name: t.clone() for name, t in flat.read(flat.master, self.local).items()}
         metrics = {
             "loss": float(torch.stack(losses).double().mean()),
@@ -208,11 +272,29 @@ class Trainer:
             "examples": float(seen),
             "seconds_train": time.perf_counter() - began,
         }
-        return Update(job, flat.read(delta, self.shared), float(len(rows)), metrics), kept
+        return Update(job, flat.changes(start, self.shared), float(len(rows)), metrics), kept
+
+    @contextmanager
+    def _own_tokens(self, data: Encoded, rows: IntArray) -> Iterator[None]:
+        """Leave out of the model's token embeddings, if they train, what these rows do not have."""
+        whole = self.flat
+        if whole.table is None:
+            yield
+            return
+        table = self.model.get_input_embeddings()
+        own = Vocabulary(data, rows, table.num_embeddings, first_tokens(table), self.device)
+        with whole.with_tokens(own.tokens) as part:
+            self.flat, self._places = part, own.places
+            try:
+                yield
+            finally:
+                self.flat, self._places = whole, None
 
     def loss(self, data: Encoded, rows: IntArray) -> Tensor:
         """Return the task's loss of one batch, a number."""
         inputs = data.batch(rows, self.device)
+        if self._places is not None:
+            inputs["input_ids"] = self._places[inputs["input_ids"]]
         return self.task.loss(self.model(**inputs), inputs)
 
     def gradient_(self, data: Encoded, rows: IntArray) -> Tensor:

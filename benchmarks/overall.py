@@ -1,0 +1,129 @@
+"""What comparisons of several data sets say together: a table of methods by setting, and paired differences.
+
+python benchmarks/overall.py docs/results/*.csv [--picture docs/images/overall.png]
+
+The files are those of rounds_csv.py. A run's score is the mean of its last `mean_of` evaluations, of what the
+methods are judged by; differences are paired by setting and seed, and their interval is a bootstrap over
+settings and over seeds within them (federa.statistics.paired).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+
+from federa.statistics import Paired, paired
+
+METHODS = {"federa": "FeDeRA", "lora": "LoRA", "adapter": "adapter", "bitfit": "BitFit", "ft": "FT"}
+PRIMARY = ("semeval_f1", "f1", "accuracy")  # the first that a file has
+Scores = dict[str, dict[tuple[str, int], float]]  # by method, then by setting and seed
+
+
+def read(files: Sequence[Path]) -> Scores:
+    """Return the final score of every run, in percent."""
+    evaluations: dict[tuple[str, str, int], list[tuple[float, int]]] = {}
+    for file in files:
+        with file.open(newline="") as lines:
+            rows = list(csv.DictReader(lines))
+        metric = next(name for name in PRIMARY if name in rows[0])
+        for row in rows:
+            if row[metric]:
+                run = (row["method"], row["setting"], int(row["seed"]))
+                evaluations.setdefault(run, []).append((100 * float(row[metric]), int(row["mean_of"])))
+    scores: Scores = {}
+    for (method, setting, seed), found in evaluations.items():
+        scores.setdefault(method, {})[setting, seed] = mean(score for score, _ in found[-found[0][1] :])
+    return scores
+
+
+def differences(scores: Scores, settings: Sequence[str]) -> dict[str, Paired]:
+    """Return FeDeRA minus every other method on these settings, over the runs that both have."""
+    first = {key: score for key, score in scores["federa"].items() if key[0] in settings}
+    found = {name: paired(first, scores[name]) for name in METHODS if name in scores and name != "federa"}
+    return {name: pair for name, pair in found.items() if pair is not None}
+
+
+def table(scores: Scores, settings: Sequence[str]) -> list[str]:
+    """Return Markdown: a line a setting, then the mean over settings and the paired differences."""
+    methods = [name for name in METHODS if name in scores]
+    lines = ["| setting | seeds | " + " | ".join(METHODS[name] for name in methods) + " |"]
+    lines.append("|---" * (2 + len(methods)) + "|")
+    for setting in settings:
+        cells = [[s for (where, _), s in scores[name].items() if where == setting] for name in methods]
+        best = max((mean(cell) for cell in cells if cell), default=0.0)
+        shown = [_cell(cell, best) for cell in cells]
+        lines.append(f"| {setting} | {max(map(len, cells))} | " + " | ".join(shown) + " |")
+    means = [mean(_by_setting(scores[name], settings).values()) for name in methods]
+    lines.append("| **mean** | | " + " | ".join(f"{value:.1f}" for value in means) + " |")
+    found = differences(scores, settings)
+    for title, cell in (
+        ("FeDeRA minus it", lambda pair: f"{pair.mean:+.1f}"),
+        ("95 % interval", lambda pair: f"{pair.low:+.1f} to {pair.high:+.1f}"),
+        ("ahead in", lambda pair: f"{pair.wins:g} of {pair.pairs}"),
+    ):
+        cells = [cell(found[name]) if name in found else "" for name in methods]
+        lines.append(f"| {title} | | " + " | ".join(cells) + " |")
+    return lines
+
+
+def _cell(scores: Sequence[float], best: float) -> str:
+    if not scores:
+        return ""
+    text = f"{mean(scores):.1f}" + (f" ± {stdev(scores):.1f}" if len(scores) > 1 else "")
+    return f"**{text}**" if mean(scores) == best else text
+
+
+def _by_setting(scores: Mapping[tuple[str, int], float], settings: Sequence[str]) -> dict[str, float]:
+    found: dict[str, list[float]] = {}
+    for (setting, _), score in scores.items():
+        if setting in settings:
+            found.setdefault(setting, []).append(score)
+    return {setting: mean(values) for setting, values in found.items()}
+
+
+def picture(scores: Scores, settings: Sequence[str], to: Path) -> None:
+    """Draw FeDeRA minus every other method, a panel each: a line a setting, and all of them together."""
+    from matplotlib.figure import Figure
+
+    others = list(differences(scores, settings))
+    figure = Figure(figsize=(2.6 * len(others) + 2.4, 0.36 * len(settings) + 1.5), layout="constrained")
+    panels = figure.subplots(1, len(others), sharey=True, squeeze=False)[0]
+    for axes, name in zip(panels, others, strict=True):
+        for place, group in enumerate([[setting] for setting in settings] + [list(settings)]):
+            pair, whole = differences(scores, group).get(name), len(group) == len(settings)
+            if pair is None:
+                continue
+            colour = "#b0413e" if whole else "#2f5d8a"
+            axes.plot([pair.low, pair.high], [place, place], color=colour, lw=2.5 if whole else 1.5)
+            axes.plot(pair.mean, place, "D" if whole else "o", color=colour, ms=6 if whole else 4)
+        axes.axvline(0, color="0.6", lw=0.8)
+        axes.set_title(f"FeDeRA − {METHODS[name]}", fontsize=10)
+        axes.set_xlabel("points")
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_yticks(range(len(settings) + 1), [*settings, "all"], fontsize=8)
+    panels[0].invert_yaxis()
+    figure.savefig(to, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("files", type=Path, nargs="+")
+    parser.add_argument("--settings", default="", help="only those that have this in their name")
+    parser.add_argument("--picture", type=Path)
+    asked = parser.parse_args()
+    scores = read(asked.files)
+    settings = sorted({where for found in scores.values() for where, _ in found if asked.settings in where})
+    if not settings:
+        parser.error("no such setting in these files")
+    print("\n".join(table(scores, settings)))
+    if asked.picture:
+        picture(scores, settings, asked.picture)
+
+
+if __name__ == "__main__":
+    main()
