@@ -153,3 +153,20 @@ def test_an_unfinished_run_has_no_time(recipe, tmp_path):
     (tmp_path / "run" / "result.json").unlink()
     with pytest.raises(FederaError, match="the run is not finished"):
         replay(tmp_path / "run", SLOW)
+
+
+def test_the_command_makes_the_runs_of_a_recipe_first(recipe, tmp_path, capsys, monkeypatch):
+    """Under its longer name too, and once: later calls find the runs."""
+    path, out = tmp_path / "recipe.yaml", tmp_path / "out"
+    path.write_text(parse_config({**recipe, "rounds": 2}).to_yaml())
+    words = ["time-to-target", path, "rounds=1", "--methods", "lora,ft", "--seeds", 0, "--out", out]
+    assert federa("bench", *words, "--jobs", 1) == 0
+    assert "less than ft" in capsys.readouterr().out
+    assert len(list(csv.DictReader((out / "time_to_target.csv").open()))) == 2 * len(clock.FRACTIONS)
+    before = {file: file.stat().st_mtime_ns for file in out.glob("cells/*/*/metrics.jsonl")}
+    assert len(before) == 2
+    assert federa(*words, "--jobs", 1) == 0
+    assert {file: file.stat().st_mtime_ns for file in before} == before
+    assert federa("time-to-target", out, "--methods", "lora") == 2
+    assert "--methods: the runs in" in capsys.readouterr().err
+    assert federa("time-to-target", tmp_path / "nowhere.yaml") == 2

@@ -6,12 +6,13 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
+from federa.cli.comparison import compare, time_to_target
 from federa.cli.federation import app as app_folder
-from federa.cli.federation import certs, join, serve, split, time_to_target
+from federa.cli.federation import certs, join, serve, split
 from federa.cli.words import split_words
 from federa.errors import FederaError, RoundFailedError
 
@@ -30,6 +31,8 @@ OutOption = Annotated[Optional[Path], typer.Option("--out", help="The run direct
 
 def main() -> None:
     """Run the command line; a mistake of the user's is one line on stderr and exit status 2."""
+    if sys.argv[1:3] == ["bench", "time-to-target"]:  # the same by a longer name
+        del sys.argv[1]
     try:
         app()
     except FederaError as error:
@@ -126,82 +129,6 @@ def _show_plan(config: RunConfig, *, as_json: bool) -> None:
     workers = config.engine.num_workers()
     time_expected = progress.readable_seconds(plan.seconds)
     console.print(f"time expected: {time_expected} with {workers} at a time; nothing was written")
-
-
-@app.command()
-def compare(
-    arguments: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Argument(
-            metavar="[RECIPE.yaml ...] [KEY=VALUE ...]",
-            help="One recipe a data set, or one with a `grid` section; what all runs have in common.",
-        ),
-    ] = None,
-    *,
-    methods: Annotated[Optional[str], typer.Option(help="Methods, with commas.")] = None,  # noqa: UP045
-    seeds: Annotated[Optional[str], typer.Option(help="Seeds, with commas.")] = None,  # noqa: UP045
-    skews: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="Partitions, with commas: dirichlet:0.1,fednlp:1,iid."),
-    ] = None,
-    models: Annotated[Optional[str], typer.Option(help="Models, with commas.")] = None,  # noqa: UP045
-    lrs: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option("--lrs", help="METHOD=LR,LR,...: tune it among these on held-out training examples."),
-    ] = None,
-    tune: Annotated[Optional[str], typer.Option(help="How: grid or halving.")] = None,  # noqa: UP045
-    tune_rounds: Annotated[Optional[int], typer.Option(help="Rounds of a tuning run.")] = None,  # noqa: UP045
-    jobs: Annotated[Optional[int], typer.Option(help="Runs at a time.")] = None,  # noqa: UP045
-    out: OutOption = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show the runs and the time they take; run nothing.")
-    ] = False,
-) -> None:
-    """Run methods x seeds x settings on the same clients; what is finished is not run again."""
-    from federa import progress
-    from federa.compare import Comparison, compare_methods, terminal_table, time_estimate
-
-    words = arguments or []
-    recipes, overrides = [Path(word) for word in words if "=" not in word], [w for w in words if "=" in w]
-    options: dict[str, Any] = {
-        "methods": methods,
-        "seeds": seeds,
-        "skews": skews,
-        "models": models,
-        "tune": tune,
-    }
-    options |= {"tune_rounds": tune_rounds, "jobs": jobs, "lrs": _rates(lrs or []) or None}
-    comparison = Comparison.load(recipes, overrides, options)
-    console = progress.console()
-
-    def say(line: str) -> None:
-        console.print(line, highlight=False)
-
-    folder = out or Path("runs") / "compare"
-    for line in comparison.describe():
-        say(line)
-    if dry_run or not (folder / "settings").exists():  # a mistake shows before anything is written
-        seconds = time_estimate(comparison, lambda line: say(f"  {line}"))
-        say(f"time expected: {progress.readable_seconds(seconds)}")
-    if dry_run:
-        return
-    outcome = compare_methods(comparison, folder, say)
-    for title, lines in outcome.tables:
-        console.print(terminal_table(title, lines))
-    say(f"written: {folder}/cells.csv, table.md, table.tex, report.html")
-    if any(row["status"] != "done" for row in outcome.rows):
-        raise SystemExit(1)
-
-
-def _rates(words: list[str]) -> dict[str, str]:
-    """Return the rates of every `METHOD=LR,LR`; those of one method that is given twice are joined."""
-    rates: dict[str, str] = {}
-    for word in words:
-        method, equals, values = word.partition("=")
-        if not equals:
-            raise FederaError(f"--lrs {word}: expected METHOD=LR,LR,...")
-        rates[method] = f"{rates[method]},{values}" if method in rates else values
-    return rates
 
 
 @app.command()
@@ -338,7 +265,7 @@ def init(
     print(f"{to} written; look with: federa run {to} --dry-run")
 
 
-for command in (time_to_target, certs, split, serve, join):
+for command in (compare, time_to_target, certs, split, serve, join):
     app.command()(command)
 app.command("app")(app_folder)
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import signal
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Optional
 
 import typer
 
@@ -48,71 +47,6 @@ def split(
     recipe, overrides = split_words(arguments or [])
     sizes = write(load_config(recipe, overrides), to)
     print(f"{to}: {len(sizes)} clients of {min(sizes)} to {max(sizes)} examples, test.parquet, recipe.yaml")
-
-
-def time_to_target(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that federa compare wrote.")],
-    *,
-    device: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="Of a client, with its link: laptop, phone, jetson-agx-orin; the rest changes it."),
-    ] = None,
-    up: Annotated[Optional[float], typer.Option(help="Megabits a second to the server [10].")] = None,  # noqa: UP045
-    down: Annotated[Optional[float], typer.Option(help="Megabits a second from it [50].")] = None,  # noqa: UP045
-    latency: Annotated[Optional[float], typer.Option(help="Milliseconds one way [40].")] = None,  # noqa: UP045
-    speed: Annotated[
-        Optional[float],  # noqa: UP045
-        typer.Option(help="Of a client's machine, over the one that made the runs [1]."),
-    ] = None,
-    turns: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(help="Requests of a job, one after the other; Flower makes 5 [1]."),
-    ] = None,
-    idle: Annotated[
-        Optional[float],  # noqa: UP045
-        typer.Option(help="Seconds a round in which nobody trains or sends, as Flower's polling [0]."),
-    ] = None,
-    measure: Annotated[
-        bool, typer.Option("--measure", help="Time training anew, the methods in turns, on one thread.")
-    ] = False,
-    reference: Annotated[str, typer.Option(help="Of whose best the targets are shares.")] = "ft",
-) -> None:
-    """Show how long a comparison's methods take to a target on other machines and links."""
-    from rich.table import Table
-
-    from federa import clock, progress
-
-    if device is not None and device not in clock.DEVICES:
-        raise FederaError(f"--device {device}: unknown; known: {', '.join(clock.DEVICES)}")
-    given: dict[str, Any] = {
-        "up": up,
-        "down": down,
-        "latency": latency,
-        "speed": speed,
-        "turns": turns,
-        "idle": idle,
-    }
-    base = clock.DEVICES[device] if device else clock.Device()
-    client = dataclasses.replace(base, **{key: value for key, value in given.items() if value is not None})
-    if min(client.up, client.down, client.speed, client.turns) <= 0 or min(client.latency, client.idle) < 0:
-        raise FederaError("--up, --down, --speed and --turns must be above 0, --latency and --idle not below")
-    replays = clock.replay_comparison(folder, client, measure=measure)
-    rows = clock.time_to_targets(replays, reference=reference)
-    clock.write_rows(folder, rows)
-    console = progress.console()
-    words = f"{client.up:g} Mbit/s up, {client.down:g} down, {client.latency:g} ms; "
-    words += f"{client.speed:g} times this machine's speed"
-    words += f"; {client.idle:g} s a round idle" if client.idle else ""
-    console.print(words, highlight=False)
-    for setting in dict.fromkeys(row["setting"] for row in rows):
-        table = Table(title=setting, box=None, padding=(0, 1, 0, 0), title_justify="left")
-        for header in clock.headers(reference)[1:]:
-            table.add_column(header)
-        for row in rows:
-            if row["setting"] == setting:
-                table.add_row(*clock.shown(row)[1:])
-        console.print(table)
-    console.print(f"written: {folder}/time_to_target.csv, .md", highlight=False)
 
 
 def app(
