@@ -18,7 +18,9 @@ from transformers.activations import GELUActivation
 from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function, eager_mask
 
 from federa.cpu import frozen, fused, native, plain
+from federa.cpu.attention import read_together
 from federa.cpu.ends import FusedIntermediate, FusedOutput
+from federa.cpu.feed_forward import join
 from federa.cpu.first_token import read_first_token_only
 
 ATTENTION = "federa_cpu"
@@ -154,6 +156,8 @@ def speed_up(model: Any) -> None:
         transformers.AttentionInterface.register(ATTENTION, cpu_attention)
         AttentionMaskInterface.register(ATTENTION, key_mask)
         model.set_attn_implementation(ATTENTION)
+    join(model)
+    read_together(model)
     read_first_token_only(model)
 
 

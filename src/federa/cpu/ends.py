@@ -20,7 +20,7 @@ def without_bias(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
     return layer(x), None
 
 
-def _packed(layer: nn.Module, *inputs: Tensor | None) -> frozen.Packed | None:
+def packed_of(layer: nn.Module, *inputs: Tensor | None) -> frozen.Packed | None:
     """Return the packed matrix of a layer that is a plain linear map, where all inputs are there and fit."""
     if type(layer) is not frozen.FrozenLinear or any(t is None for t in inputs):
         return None
@@ -34,7 +34,7 @@ class FusedOutput(nn.Module):  # type: ignore[misc, unused-ignore]
         """Return the sub-layer's output, `(..., width)` like the residual `input_tensor`."""
         norm, library = self.LayerNorm, native.load()
         rate = self.dropout.p if self.training else 0.0
-        matrix = _packed(self.dense, hidden_states, input_tensor, norm.weight, norm.bias)
+        matrix = packed_of(self.dense, hidden_states, input_tensor, norm.weight, norm.bias)
         if matrix is not None and input_tensor.shape == (*hidden_states.shape[:-1], len(matrix.weight)):
             ends = (input_tensor, norm.weight, norm.bias, norm.eps, rate)
             return cast("Tensor", frozen.LinearNorm.apply(matrix, hidden_states, self.dense.bias, *ends))
@@ -53,7 +53,7 @@ class FusedIntermediate(nn.Module):  # type: ignore[misc, unused-ignore]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Return `(..., intermediate width)` of `(..., width)`."""
-        matrix = _packed(self.dense, hidden_states)
+        matrix = packed_of(self.dense, hidden_states)
         if matrix is not None:
             return cast("Tensor", frozen.LinearGelu.apply(matrix, hidden_states, self.dense.bias))
         h, bias = without_bias(self.dense, hidden_states)

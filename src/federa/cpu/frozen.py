@@ -7,6 +7,7 @@ of a sub-layer) can take each block of rows from the nearest cache.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from ctypes import CDLL
 from dataclasses import dataclass
 from typing import Any, cast
@@ -117,7 +118,7 @@ def linear(layer: nn.Linear, x: Tensor) -> Tensor:
     return cast("Tensor", Linear.apply(matrix, x, None) + layer.bias)
 
 
-def _multiply(
+def multiply(
     library: CDLL,
     x: Tensor,
     matrix: Tensor,
@@ -135,19 +136,55 @@ def _multiply(
     return y
 
 
+def entry(
+    matrix: Tensor,
+    rows: Tensor,
+    bias: Tensor | None = None,
+    factors: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
+    scale: float = 0.0,
+    *,
+    times: Tensor | None = None,
+    transposed: bool = False,
+) -> native.Map:
+    """Return one of several products for the kernels.
+
+    Args:
+        matrix: one of a `Packed`.
+        rows: what comes out, or goes in.
+        bias: is added.
+        factors: first and second, and what comes between them, see `_multiply_low_rank`.
+        scale: of the factors.
+        times: what goes in is multiplied with.
+        transposed: see `_multiply_low_rank`.
+    """
+    first, second, low = factors
+    rank = 0 if low is None else low.shape[-1]
+    return native.Map(*map(at, (matrix, bias, rows, times, first, second)), transposed, rank, scale, at(low))
+
+
+def sum_of_maps(
+    library: CDLL, entries: list[native.Map], sides: Sequence[int], start: Tensor | None, y: Tensor
+) -> Tensor:
+    """Return start + the sum of products in y, which may be start; sides are those of a matrix."""
+    table, (depth, cols) = (native.Map * len(entries))(*entries), sides
+    shape = (y.numel() // cols, depth, cols)
+    library.linear_sum(table, len(entries), at(start), at(y), *shape, torch.get_num_threads())
+    return y
+
+
 class Linear(Stackable):
     """x W' + bias: (packed W, x, frozen bias or None)."""
 
     @staticmethod
     def forward(ctx: Any, matrix: Packed, x: Tensor, bias: Tensor | None) -> Tensor:  # noqa: D102
         ctx.matrix = matrix
-        return _multiply(matrix.library, x, matrix.forward, len(matrix.weight), bias=bias)
+        return multiply(matrix.library, x, matrix.forward, len(matrix.weight), bias=bias)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
         matrix = ctx.matrix
-        d_x = _multiply(matrix.library, grads[0], matrix.backward, matrix.weight.shape[1])
+        d_x = multiply(matrix.library, grads[0], matrix.backward, matrix.weight.shape[1])
         return None, d_x, None
 
     @staticmethod
@@ -163,12 +200,7 @@ class LinearGelu(Stackable):
 
     @staticmethod
     def forward(ctx: Any, matrix: Packed, x: Tensor, bias: Tensor | None) -> Tensor:  # noqa: D102
-        library, (cols, depth) = matrix.library, matrix.weight.shape
-        x, bias = x.contiguous(), None if bias is None else bias.contiguous()
-        y = x.new_empty(*x.shape[:-1], cols)
-        slope = torch.empty_like(y) if any(ctx.needs_input_grad) else None
-        tensors = map(at, (x, matrix.forward, bias, y, slope))
-        library.linear_gelu(*tensors, x.numel() // depth, depth, cols, torch.get_num_threads())
+        y, slope = gelu(matrix, x, bias, wanted=any(ctx.needs_input_grad))
         ctx.matrix = matrix
         ctx.save_for_backward(slope)
         return y
@@ -178,7 +210,7 @@ class LinearGelu(Stackable):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
         (slope,), matrix, needs = ctx.saved_tensors, ctx.matrix, ctx.needs_input_grad
         grad, depth = grads[0].contiguous(), matrix.weight.shape[1]
-        d_x = _multiply(matrix.library, grad, matrix.backward, depth, times=slope) if needs[1] else None
+        d_x = multiply(matrix.library, grad, matrix.backward, depth, times=slope) if needs[1] else None
         d_bias = (slope * grad).flatten(0, -2).sum(0) if needs[2] else None
         return None, d_x, d_bias
 
@@ -188,6 +220,17 @@ class LinearGelu(Stackable):
         if in_dims[2] is not None or in_dims[1] is None:
             return LinearGelu.one_by_one(info.batch_size, in_dims, args)
         return LinearGelu.apply(matrix, x.movedim(in_dims[1], 0), bias), 0
+
+
+def gelu(matrix: Packed, x: Tensor, bias: Tensor | None, *, wanted: bool) -> tuple[Tensor, Tensor | None]:
+    """Return GELU(x W' + bias) and, where it is wanted, the slope there."""
+    cols, depth = matrix.weight.shape
+    x, bias = x.contiguous(), None if bias is None else bias.contiguous()
+    y = x.new_empty(*x.shape[:-1], cols)
+    slope = torch.empty_like(y) if wanted else None
+    tensors = map(at, (x, matrix.forward, bias, y, slope))
+    matrix.library.linear_gelu(*tensors, x.numel() // depth, depth, cols, torch.get_num_threads())
+    return y, slope
 
 
 class LinearNorm(Stackable):
@@ -205,18 +248,9 @@ class LinearNorm(Stackable):
         eps: float,
         rate: float,
     ) -> Tensor:
-        library, (cols, depth) = matrix.library, matrix.weight.shape
-        x, residual, weight, beta = (t.contiguous() for t in (x, residual, weight, beta))
-        bias = None if bias is None else bias.contiguous()
-        rows = x.numel() // depth
-        y = torch.empty_like(residual)
-        wanted = any(ctx.needs_input_grad)
-        normed = torch.empty_like(residual) if wanted else None
-        rstd = torch.empty(rows) if wanted else None
-        ctx.matrix, ctx.library, ctx.rate, ctx.seed = matrix, library, rate, seed_of(rate)
-        tensors = map(at, (x, matrix.forward, bias, residual, weight, beta, y, normed, rstd))
-        library.linear_norm(*tensors, rows, depth, cols, eps, rate, ctx.seed, torch.get_num_threads())
-        ctx.save_for_backward(normed, rstd, weight)
+        y, *saved = norm(ctx, matrix, x, bias, residual, weight, beta, eps, rate)
+        ctx.matrix = matrix
+        ctx.save_for_backward(*saved)
         return y
 
     @staticmethod
@@ -226,7 +260,7 @@ class LinearNorm(Stackable):
         d_h, *others = norm_backward(ctx, grads[0], needs[1:])
         assert d_h is not None
         depth = matrix.weight.shape[1]
-        d_x = _multiply(matrix.library, d_h, matrix.backward, depth) if needs[1] else None
+        d_x = multiply(matrix.library, d_h, matrix.backward, depth) if needs[1] else None
         return None, d_x, *others, None, None
 
     @staticmethod
@@ -236,6 +270,32 @@ class LinearNorm(Stackable):
             return LinearNorm.one_by_one(info.batch_size, in_dims, args)
         x, residual = x.movedim(in_dims[1], 0), residual.movedim(in_dims[3], 0)
         return LinearNorm.apply(matrix, x, bias, residual, *rest), 0
+
+
+def norm(  # noqa: PLR0917
+    ctx: Any,
+    matrix: Packed,
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    weight: Tensor,
+    beta: Tensor,
+    eps: float,
+    rate: float,
+) -> tuple[Tensor | None, ...]:
+    """Return LN(dropout(x W' + bias) + residual), and what `norm_backward` finds saved."""
+    library, (cols, depth) = matrix.library, matrix.weight.shape
+    x, residual, weight, beta = (t.contiguous() for t in (x, residual, weight, beta))
+    bias = None if bias is None else bias.contiguous()
+    rows = x.numel() // depth
+    y = torch.empty_like(residual)
+    wanted = any(ctx.needs_input_grad)
+    normed = torch.empty_like(residual) if wanted else None
+    rstd = torch.empty(rows) if wanted else None
+    ctx.library, ctx.rate, ctx.seed = library, rate, seed_of(rate)
+    tensors = map(at, (x, matrix.forward, bias, residual, weight, beta, y, normed, rstd))
+    library.linear_norm(*tensors, rows, depth, cols, eps, rate, ctx.seed, torch.get_num_threads())
+    return y, normed, rstd, weight
 
 
 class LinearLowRank(Stackable):
@@ -265,8 +325,8 @@ class LinearLowRank(Stackable):
             )
         else:  # nothing below trains
             d_x, d_low = None, (grad @ B).mul_(ctx.scale)
-        d_A = _sum_of_products(matrix.library, d_low, x) if needs[3] else None
-        d_B = _sum_of_products(matrix.library, low, grad, transposed=True) if needs[4] else None
+        d_A = sum_of_products(matrix.library, d_low, x) if needs[3] else None
+        d_B = sum_of_products(matrix.library, low, grad, transposed=True) if needs[4] else None
         return None, d_x, None, d_A, d_B, None
 
     @staticmethod
@@ -305,7 +365,7 @@ def _multiply_low_rank(  # noqa: PLR0917
     return y, low
 
 
-def _sum_of_products(library: CDLL, thin: Tensor, wide: Tensor, *, transposed: bool = False) -> Tensor:
+def sum_of_products(library: CDLL, thin: Tensor, wide: Tensor, *, transposed: bool = False) -> Tensor:
     """Return thin' wide, `(rank, width)`, or that transposed; for one client or for each."""
     thin, wide = thin.contiguous(), wide.contiguous()
     (rows, rank), width = thin.shape[-2:], wide.shape[-1]

@@ -145,7 +145,7 @@ class Norm(Stackable):
 
 def norm_backward(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> tuple[Tensor | None, ...]:
     """Return the gradients of (h, bias, residual, weight, beta), the last four where they are needed."""
-    normed, rstd, weight = ctx.saved_tensors
+    normed, rstd, weight = ctx.saved_tensors[:3]
     grad = grad.contiguous()
     rows, cols = grad.numel() // grad.shape[-1], grad.shape[-1]
     d_residual = torch.empty_like(grad)

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <type_traits>
 #ifdef __AVX512F__
 #include <immintrin.h>
@@ -790,16 +791,17 @@ inline void accumulate(const bf16 *x, int64_t a, const bf16 *packed, int64_t b, 
     }
 }
 
-// C (32 x n float32) = the packed block x (32 x k) * packed W (k x n) + the packed block low (32 x rank) * second.
+// C (32 x n float32) = the packed block x (32 x k) * packed W (k x n) + the packed block low (32 x rank) * second; or
+// that is added to C.
 void multiply_block(const bf16 *x, const bf16 *W, float *C, int64_t n, int64_t k, const bf16 *low, const bf16 *second,
-                    int64_t rank) {
+                    int64_t rank, bool adds = false) {
     const int64_t depth = k / 32 * TILE, ranks = rank / 32 * TILE, step = DEPTH * TILE;
     settle();
     for (int64_t p = 0; p < depth; p += step) {
         const bool last = p + step >= depth;
         for (int64_t j = 0; j < n; j += 32) {
             float *c = C + j;
-            if (p == 0) {
+            if (p == 0 && !adds) {
                 _tile_zero(0);
                 _tile_zero(1);
                 _tile_zero(2);
@@ -845,41 +847,97 @@ void pack_factor(const bf16 *X, bf16 *to, int64_t rows, int64_t cols, bool trans
     else pack_rows(copy, to, R, C);
 }
 
-// Call finish(row, c, scratch) with each row of x * W as n float32 numbers, and scratch as long.
-template <class Finish>
-void product(Rows x, const bf16 *W, int64_t n, const Factors *low, int threads, Finish finish) {
-    const int64_t k = x.k, R = low ? padded(low->rank) : 0;
-    Arena shared(2 * R * (k + n) + 4096);
-    bf16 *first = shared.take<bf16>(R * k), *second = shared.take<bf16>(R * n);
-    if (low) {
-        const int64_t r = low->rank;
-        pack_factor(low->first, first, low->transposed ? r : k, low->transposed ? k : r, low->transposed);
-        pack_factor(low->second, second, low->transposed ? n : r, low->transposed ? r : n, low->transposed);
+// Factors, packed for all blocks of rows.
+struct PackedFactors {
+    Factors own;
+    int64_t k, rank;  // padded
+    Arena arena;
+    bf16 *first, *second;
+
+    PackedFactors(const Factors &factors, int64_t k, int64_t n)
+        : own(factors), k(k), rank(padded(own.rank)), arena(2 * rank * (k + n) + 4096, false),
+          first(arena.take<bf16>(rank * k)), second(arena.take<bf16>(rank * n)) {
+        if (!rank) return;
+        const int64_t r = own.rank;
+        pack_factor(own.first, first, own.transposed ? r : k, own.transposed ? k : r, own.transposed);
+        pack_factor(own.second, second, own.transposed ? n : r, own.transposed ? r : n, own.transposed);
     }
+};
+
+// What one thread needs for 32 rows.
+struct Block {
+    Arena arena;
+    bf16 *x, *narrow, *slim;
+    float *C, *wide, *scratch;
+
+    Block(int64_t k, int64_t n, int64_t rank)
+        : arena(32 * (2 * (k + 2 * rank) + 4 * (n + rank)) + 4 * n + 8192, false), x(arena.take<bf16>(32 * k)),
+          narrow(arena.take<bf16>(32 * rank)), slim(arena.take<bf16>(32 * rank)), C(arena.take<float>(32 * n)),
+          wide(arena.take<float>(32 * rank)), scratch(arena.take<float>(n)) {}
+
+    // C = the packed rows x * W + what the factors add, or that is added; they are `count` rows from row i on.
+    void multiply(const bf16 *W, int64_t n, int64_t k, const PackedFactors &low, int64_t i, int64_t count, bool adds) {
+        const int64_t R = low.rank, r = low.own.rank;
+        if (R) {
+            multiply_block(x, low.first, wide, R, k, nullptr, nullptr, 0);
+            for (int64_t c = 0; c < 32 * R; c += LANES) store(slim + c, load(wide + c) * low.own.scale);
+            for (int64_t row = 0; row < count; row++) std::memcpy(low.own.low + (i + row) * r, slim + row * R, r * 2);
+            pack_block(slim, nullptr, 32, R, narrow);
+        }
+        multiply_block(x, W, C, n, k, narrow, low.second, R, adds);
+    }
+};
+
+// Call work(block, i, count) for each 32 rows, the last ones may be fewer; the block is the thread's own.
+template <class Work> void by_blocks(int64_t rows, int64_t k, int64_t n, int64_t rank, int threads, Work work) {
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         _tile_loadconfig(&tile_config);
-        Arena arena(32 * (2 * (k + 2 * R) + 4 * (n + R)) + 4 * n + 8192, false);
-        bf16 *block = arena.take<bf16>(32 * k), *narrow = arena.take<bf16>(32 * R), *slim = arena.take<bf16>(32 * R);
-        float *C = arena.take<float>(32 * n), *wide = arena.take<float>(32 * R), *scratch = arena.take<float>(n);
+        Block block(k, n, rank);
 #pragma omp for
-        for (int64_t i = 0; i < x.rows; i += 32) {
-            const int64_t count = std::min<int64_t>(32, x.rows - i), at = i * k;
-            pack_block(x.x + at, x.times ? x.times + at : nullptr, count, k, block);
-            if (low) {
-                multiply_block(block, first, wide, R, k, nullptr, nullptr, 0);
-                for (int64_t c = 0; c < 32 * R; c += LANES) store(slim + c, load(wide + c) * low->scale);
-                for (int64_t r = 0; r < count; r++) {
-                    std::memcpy(low->low + (i + r) * low->rank, slim + r * R, low->rank * 2);
-                }
-                pack_block(slim, nullptr, 32, R, narrow);
-            }
-            multiply_block(block, W, C, n, k, narrow, second, R);
-            for (int64_t r = 0; r < count; r++) finish(i + r, C + r * n, scratch);
-        }
+        for (int64_t i = 0; i < rows; i += 32) work(block, i, std::min<int64_t>(32, rows - i));
         _tile_release();
     }
 }
+
+// Call finish(row, c, scratch) with each row of x * W as n float32 numbers, and scratch as long.
+template <class Finish>
+void product(Rows x, const bf16 *W, int64_t n, const Factors &factors, int threads, Finish finish) {
+    const int64_t k = x.k;
+    const PackedFactors low(factors, k, n);
+    by_blocks(x.rows, k, n, low.rank, threads, [&](Block &block, int64_t i, int64_t count) {
+        pack_block(x.x + i * k, x.times ? x.times + i * k : nullptr, count, k, block.x);
+        block.multiply(W, n, k, low, i, count, false);
+        for (int64_t r = 0; r < count; r++) finish(i + r, block.C + r * n, block.scratch);
+    });
+}
+
+void store_row(const float *c, const bf16 *bias, bf16 *y, int64_t n) {
+    sweep(n, [&](int64_t i, auto count) {
+        Floats sum = load(c + i, count);
+        if (bias) sum += load(bias + i, count);
+        store(y + i, sum, count);
+    });
+}
+
+// One of several products that share what goes in or what comes out.
+struct Map {
+    const bf16 *W, *bias;
+    bf16 *rows;         // what comes out, or goes in
+    const bf16 *times;  // of what goes in, may be null, see pack_block
+    Factors factors;
+};
+
+struct PackedMaps {
+    std::deque<PackedFactors> factors;  // which never moves them
+    int64_t rank = 0;  // the largest
+    PackedMaps(const Map *maps, int64_t count, int64_t k, int64_t n) {
+        for (int64_t m = 0; m < count; m++) {
+            factors.emplace_back(maps[m].factors, k, n);
+            rank = std::max(rank, factors[m].rank);
+        }
+    }
+};
 
 // ---- A' B, for long and thin A: sums over rows ----
 
@@ -1020,13 +1078,36 @@ void pack(const bf16 *W, bf16 *to, int64_t rows, int64_t cols, int transposed) {
 void linear(const bf16 *x, const bf16 *times, const bf16 *W, const bf16 *bias, bf16 *y, int64_t rows, int64_t k,
             int64_t n, const bf16 *first, const bf16 *second, int transposed, int64_t rank, float scale, bf16 *low,
             int threads) {
-    const Factors factors = {first, second, bool(transposed), rank, scale, low};
-    product({x, times, rows, k}, W, n, rank ? &factors : nullptr, threads, [=](int64_t row, const float *c, float *) {
-        sweep(n, [&](int64_t i, auto count) {
-            Floats sum = load(c + i, count);
-            if (bias) sum += load(bias + i, count);
-            store(y + row * n + i, sum, count);
-        });
+    product({x, times, rows, k}, W, n, {first, second, bool(transposed), rank, scale, low}, threads,
+            [=](int64_t row, const float *c, float *) { store_row(c, bias, y + row * n, n); });
+}
+
+// As `linear` of one x for each of several maps.
+void linear_each(const bf16 *x, const Map *maps, int64_t count, int64_t rows, int64_t k, int64_t n, int threads) {
+    const PackedMaps packed(maps, count, k, n);
+    by_blocks(rows, k, n, packed.rank, threads, [&](Block &block, int64_t i, int64_t here) {
+        pack_block(x + i * k, nullptr, here, k, block.x);
+        for (int64_t m = 0; m < count; m++) {
+            block.multiply(maps[m].W, n, k, packed.factors[m], i, here, false);
+            for (int64_t r = 0; r < here; r++) store_row(block.C + r * n, maps[m].bias, maps[m].rows + (i + r) * n, n);
+        }
+    });
+}
+
+// y = start + the sum of what several maps make of rows of their own; start may be null.
+void linear_sum(const Map *maps, int64_t count, const bf16 *start, bf16 *y, int64_t rows, int64_t k, int64_t n,
+                int threads) {
+    const PackedMaps packed(maps, count, k, n);
+    by_blocks(rows, k, n, packed.rank, threads, [&](Block &block, int64_t i, int64_t here) {
+        for (int64_t m = 0; m < count; m++) {
+            const Map &map = maps[m];
+            pack_block(map.rows + i * k, map.times ? map.times + i * k : nullptr, here, k, block.x);
+            block.multiply(map.W, n, k, packed.factors[m], i, here, m > 0);
+        }
+        for (int64_t r = 0; r < here; r++) {
+            const int64_t at = (i + r) * n;
+            store_row(block.C + r * n, start ? start + at : nullptr, y + at, n);
+        }
     });
 }
 
@@ -1063,7 +1144,7 @@ void sum_of_products(const bf16 *A, const bf16 *B, bf16 *out, int64_t rows, int6
 // y = GELU(x W + bias), and the slope there; bias and slope may be null.
 void linear_gelu(const bf16 *x, const bf16 *W, const bf16 *bias, bf16 *y, bf16 *slope, int64_t rows, int64_t k,
                  int64_t n, int threads) {
-    product({x, nullptr, rows, k}, W, n, nullptr, threads, [=](int64_t row, const float *c, float *) {
+    product({x, nullptr, rows, k}, W, n, {}, threads, [=](int64_t row, const float *c, float *) {
         any_gelu_row(c, bias, y + row * n, slope ? slope + row * n : nullptr, n);
     });
 }
@@ -1073,7 +1154,7 @@ void linear_norm(const bf16 *x, const bf16 *W, const bf16 *bias, const bf16 *res
                  const bf16 *beta, bf16 *y, bf16 *normed, float *rstd, int64_t rows, int64_t k, int64_t n, float eps,
                  float rate, uint64_t seed, int threads) {
     const Dropout drop(seed, rate);
-    product({x, nullptr, rows, k}, W, n, nullptr, threads, [=](int64_t row, const float *c, float *scratch) {
+    product({x, nullptr, rows, k}, W, n, {}, threads, [=](int64_t row, const float *c, float *scratch) {
         const int64_t at = row * n;
         float r = norm_row(c, bias, residual + at, weight, beta, y + at, normed ? normed + at : nullptr, scratch, n,
                            eps, rate > 0, drop, uint32_t(at));

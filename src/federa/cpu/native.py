@@ -36,6 +36,23 @@ class CannotBuildError(Exception):
     """The kernels cannot be had here; the message says why."""
 
 
+class Map(ctypes.Structure):
+    """`Map` in `kernels.cpp`: one of several products that share what goes in or what comes out."""
+
+    _fields_ = (
+        ("matrix", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("rows", ctypes.c_void_p),
+        ("times", ctypes.c_void_p),
+        ("first", ctypes.c_void_p),
+        ("second", ctypes.c_void_p),
+        ("transposed", ctypes.c_bool),
+        ("rank", ctypes.c_int64),
+        ("scale", ctypes.c_float),
+        ("low", ctypes.c_void_p),
+    )
+
+
 def build(folder: Path) -> Path:
     """Return the compiled library in a folder, compiling it if this source and machine are new to it.
 
@@ -165,6 +182,8 @@ def _bind(library: ctypes.CDLL) -> ctypes.CDLL:
             "attention_backward": [p] * 11 + [i64] * 4 + [f32, f32, u64, i32],
             "pack": [p, p, i64, i64, i32],
             "linear": [p] * 5 + [i64] * 3 + [p, p, i32, i64, f32, p, i32],
+            "linear_each": [p, ctypes.POINTER(Map)] + [i64] * 4 + [i32],
+            "linear_sum": [ctypes.POINTER(Map), i64, p, p] + [i64] * 3 + [i32],
             "linear_gelu": [p] * 5 + [i64] * 3 + [i32],
             "linear_norm": [p] * 9 + [i64] * 3 + [f32, f32, u64, i32],
             "sum_of_products": [p] * 3 + [i64] * 3 + [i32, i32],

@@ -15,7 +15,7 @@ from torch import Tensor
 
 _STEPS = 1 << 15  # a rate is met to 1 / 65536; the scale is that of the rate that is met, so means are exact
 _LANES = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
-_transforming = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+is_transforming = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
 
 
 class Stackable(torch.autograd.Function):  # type: ignore[misc]
@@ -27,7 +27,7 @@ class Stackable(torch.autograd.Function):  # type: ignore[misc]
 
     @classmethod
     def apply(cls, *args: Any) -> Any:  # noqa: D102
-        return _Lifted.apply(cls, *args) if _transforming() else super().apply(*args)
+        return _Lifted.apply(cls, *args) if is_transforming() else super().apply(*args)
 
     @classmethod
     def one_by_one(
@@ -47,7 +47,7 @@ class _Lifted(torch.autograd.Function):  # type: ignore[misc]
     @classmethod
     def apply(cls, function: type[Stackable], *args: Any) -> Any:
         # Torch comes back here, outside of `vmap`, with arguments that no client has a part in.
-        return super().apply(function, *args) if _transforming() else function.apply(*args)
+        return super().apply(function, *args) if is_transforming() else function.apply(*args)
 
     @staticmethod
     def forward(function: type[Stackable], *args: Any) -> Any:

@@ -113,6 +113,11 @@ class LoRALinear(nn.Linear):  # type: ignore[misc, unused-ignore]
         y = F.linear(x, self.weight).add(low_rank, alpha=self.scale) * (self.magnitude / length)
         return y if self.bias is None else y + self.bias
 
+    @property
+    def factors(self) -> tuple[Tensor, Tensor, float] | None:
+        """A, B and the scale, for whoever computes several maps at once; None where that is not all."""
+        return (self.lora_A, self.lora_B, self.scale) if self.magnitude is None else None
+
     def product(self) -> Tensor:
         """Return `scale * B A`, `(out_features, in_features)`."""
         return self.scale * (self.lora_B @ self.lora_A)
