@@ -25,7 +25,7 @@ LAYERS = [
         "privacy",
         "report",
     ),
-    ("vocabulary",),
+    ("vocabulary", "prefix"),
     ("client", "server", "diagnostics"),
     ("engines", "wires"),
     ("config",),

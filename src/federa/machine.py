@@ -1,4 +1,4 @@
-"""What a process finds on its machine: cores, and a place to keep things between runs."""
+"""What a process finds on its machine: cores, memory, and a place to keep things between runs."""
 
 from __future__ import annotations
 
@@ -21,6 +21,21 @@ def available_cores() -> int:
         return min(cores, math.ceil(int(quota) / int(period)))
     except (OSError, ValueError):  # no control group, or one whose quota is "max"
         return cores
+
+
+def free_main_memory() -> int:
+    """Return the bytes of main memory that this process may still take."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):  # not Linux
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    try:  # a container's own limit
+        group = Path("/sys/fs/cgroup")
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+    except (OSError, ValueError):  # none
+        return free
+    return max(0, min(free, limit - used))
 
 
 def cache_folder() -> Path:

@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from federa.machine import free_main_memory
 from federa.seeds import torch_seeded
 from federa.state import fingerprint
 from federa.types import FederaError
@@ -281,3 +282,12 @@ def pick_device(name: str) -> torch.device:
     ):
         raise FederaError(f"device: {name} is not available on this machine; use device=auto")
     return torch.device(name)
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes of a device's memory that this process may still take."""
+    if device.type != "cuda":
+        return free_main_memory()
+    # What the allocator holds and nobody uses is free as well.
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + int(unused)

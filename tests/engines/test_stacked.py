@@ -14,7 +14,8 @@ from federa.config import parse_config
 from federa.cpu import fused, native
 from federa.cpu.plain import PlainDropout, Stackable
 from federa.engines import Serial, Stacked, stacked, stacking
-from federa.engines.stacked import clients_that_fit, free_memory
+from federa.engines.stacked import clients_that_fit
+from federa.machine import free_main_memory
 from federa.methods import METHODS
 from federa.methods.lora import _LowRankLinear
 from federa.registry import load_plugins
@@ -234,14 +235,14 @@ def test_jobs_in_any_order(recipe):
 def test_as_many_clients_as_fit(recipe, monkeypatch):
     experiment = prepare(recipe)
     assert clients_that_fit(experiment) > 4
-    free = free_memory()
+    free = free_main_memory()
     assert 0 < free < 1 << 50
     large, small = (
         clients_that_fit(prepare(recipe, client__batch_size=size, method__name=name))
         for size, name in ((2, "probe"), (16, "ft"))
     )
     assert large > 3 * small
-    monkeypatch.setattr(stacked, "free_memory", lambda: 0)
+    monkeypatch.setattr(stacked, "free_memory", lambda _: 0)
     assert clients_that_fit(experiment) == 1
 
 
@@ -253,12 +254,12 @@ def test_a_cohort_that_fits_is_never_split_and_one_that_does_not_is_split_with_a
     needed = stacked.memory_of_a_client(experiment)
     found = []
     for room in (4, 40):
-        monkeypatch.setattr(stacked, "free_memory", lambda: (room + 0.5) * needed / stacked.SHARE)
+        monkeypatch.setattr(stacked, "free_memory", lambda _: (room + 0.5) * needed / stacked.SHARE)
         with Stacked(threads=1).open(experiment) as session:
             assert session.clients == 4
         found.append(train(experiment))
     assert all(same(one.delta, two.delta) for one, two in zip(*found, strict=True))
-    monkeypatch.setattr(stacked, "free_memory", lambda: 3.5 * needed / stacked.SHARE)
+    monkeypatch.setattr(stacked, "free_memory", lambda _: 3.5 * needed / stacked.SHARE)
     with Stacked(threads=1).open(experiment) as session:
         assert session.clients == 3
     assert "trains 3 of a cohort's 4 clients at a time" in caplog.text and "engine.clients=3" in caplog.text

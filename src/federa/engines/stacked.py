@@ -9,10 +9,8 @@ as long as it says how many are trained at a time (`clients`) or the whole cohor
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -22,6 +20,7 @@ from torch import Tensor
 
 from federa.engines.base import ENGINES, Engine, Session, keep_freed_memory, share_cores
 from federa.engines.stacking import Lanes, attention_of_all, stacked_batch, train_together
+from federa.models import free_memory
 from federa.seeds import torch_seeded
 from federa.types import FederaError, FloatArray, IntArray, Job, RoundFailedError, State, Update
 
@@ -107,9 +106,11 @@ class Stacked(Engine):
 
         Raises:
             FederaError: this model or method gives other losses side by side than alone, or none at all; or
-                clients are to save memory in ways of their own.
+                clients are to save memory in ways of their own, or to start above their frozen layers.
         """
         client = experiment.trainer.config
+        if client.reuse_frozen:
+            raise FederaError(f"client.reuse_frozen is not for engine.name=stacked; {REMEDY}")
         if client.micro_batch is not None or client.checkpointing:
             key = "client.checkpointing" if client.micro_batch is None else "client.micro_batch"
             raise FederaError(
@@ -175,14 +176,8 @@ def _planned(experiment: Experiment) -> int:
 
 def clients_that_fit(experiment: Experiment) -> int:
     """Return how many clients can be trained at a time, one at least."""
-    needed, device = memory_of_a_client(experiment), experiment.trainer.device
-    if device.type == "cuda":
-        # What the allocator holds and nobody uses is free as well.
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        free = torch.cuda.mem_get_info(device)[0] + unused
-    else:
-        free = free_memory()
-    return max(1, int(SHARE * free / needed))
+    needed = memory_of_a_client(experiment)
+    return max(1, int(SHARE * free_memory(experiment.trainer.device) / needed))
 
 
 def memory_of_a_client(experiment: Experiment) -> int:
@@ -229,18 +224,3 @@ def _saved_for_backward(forward: Callable[[], Tensor], model: torch.nn.Module) -
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         forward()
     return sum(sizes.values())
-
-
-def free_memory() -> int:
-    """Return the bytes of main memory that this process may still take."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):  # not Linux
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    try:  # a container's own limit
-        group = Path("/sys/fs/cgroup")
-        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
-    except (OSError, ValueError):  # none
-        return free
-    return max(0, min(free, limit - used))

@@ -127,7 +127,12 @@ KINDS: dict[str, type[_Said]] = {
 One = TypeVar("One", bound=_Said)
 Other = TypeVar("Other", bound=_Said)
 INIT = "init/"
-OWN = ("precision", "micro_batch", "checkpointing")  # of `client`: each machine's own business
+OWN = (
+    "precision",
+    "micro_batch",
+    "checkpointing",
+    "reuse_frozen",
+)  # of `client`: each machine's own business
 
 
 def pack(said: _Said, state: State | None = None) -> tuple[bytes, bytes]:
