@@ -1,6 +1,7 @@
 """The local loop, against training written out with plain torch."""
 
 import csv
+import itertools
 from contextlib import nullcontext
 
 import numpy as np
@@ -470,5 +471,26 @@ def test_predictions_are_those_of_the_state_that_is_given(recipe):
     assert not torch.is_inference_mode_enabled(), "the consumer between two batches is not in inference mode"
 
 
+# Precision
+
+
 def test_measured_precision_is_one_of_two():
     assert measured_precision(torch.device("cpu")) in ("fp32", "bf16")
+
+
+@pytest.mark.parametrize(
+    ("gain", "expected"), [(0.2, "fp32"), (1.0, "fp32"), (1.45, "fp32"), (1.55, "bf16"), (16.0, "bf16")]
+)
+def test_bfloat16_is_taken_where_its_product_is_faster_by_half(monkeypatch, gain, expected):
+    """On a machine whose clock goes by its products alone; one in three takes ten times as long."""
+    now, products = [0.0], itertools.count()
+
+    def product(one, other):
+        seconds = {torch.float32: 3e-3, torch.bfloat16: 3e-3 / gain}[one.dtype]
+        assert one.dtype == other.dtype
+        now[0] += seconds * (10 if next(products) % 3 == 0 else 1)
+        return torch.zeros(1)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", product)
+    monkeypatch.setattr("federa.client.time.perf_counter", lambda: now[0])
+    assert measured_precision(torch.device("cpu")) == expected

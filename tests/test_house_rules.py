@@ -15,6 +15,7 @@ LAYERS = [
     ("state", "registry", "statistics"),
     (
         "models",
+        "masks",
         "cpu",
         "data",
         "tasks",

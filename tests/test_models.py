@@ -202,6 +202,11 @@ def test_attention(encoder, attention):
     assert load(encoder("bert"), attention=attention).model.config._attn_implementation == attention
 
 
+def test_attention_of_an_accelerator_is_what_the_family_has(encoder):
+    found = {f: load(encoder(f), attention=None).model.config._attn_implementation for f in HEADS}
+    assert found == {family: "eager" if family == "deberta-v2" else "sdpa" for family in HEADS}
+
+
 # Positions
 
 

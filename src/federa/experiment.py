@@ -25,6 +25,7 @@ from federa.data.groups import CLUSTERS, Groups, clustered, column_values, embed
 from federa.data.partition import group_counts, partition_examples
 from federa.data.tokenised import tokenised
 from federa.engines.base import give_back_freed_memory
+from federa.masks import use_ready_masks
 from federa.methods import Setup
 from federa.models import Pretrained, load_pretrained, pick_device, require_base
 from federa.seeds import generator, seed_for
@@ -202,7 +203,7 @@ def load_model(config: RunConfig, labels: Sequence[str]) -> Pretrained:
         labels,
         seed=seed_for(config.seed, "head"),
         dropout=config.client.dropout,
-        attention="eager" if on_cpu else "sdpa",
+        attention="eager" if on_cpu else None,
         added_tokens=config.task.added_tokens,
     )
 
@@ -311,6 +312,8 @@ def prepare(config: RunConfig, loaded: Pretrained, init: State | None, cache: Pa
     model = loaded.model.to(device)
     if device.type == "cpu":
         speed_up(model)
+    else:
+        use_ready_masks(model)
     trainer = Trainer(model, loaded.head, local, config.task, config.client)
     pack_all(model)
     give_back_freed_memory()

@@ -131,7 +131,7 @@ def load_pretrained(
     *,
     seed: int,
     dropout: float | None = None,
-    attention: str = "eager",
+    attention: str | None = "eager",
     added_tokens: Sequence[str] = (),
 ) -> Pretrained:
     """Load a checkpoint for a task; a head that it lacks is drawn from the seed.
@@ -142,7 +142,7 @@ def load_pretrained(
         labels: the names of the labels, in the order of their ids.
         seed: of the new head.
         dropout: replaces every dropout rate of the model; None keeps the model's own.
-        attention: `eager` (fastest backward pass on a CPU) or `sdpa`.
+        attention: `eager` (fastest backward pass on a CPU) or `sdpa`; None for `sdpa` where a family has it.
         added_tokens: words that become tokens of the vocabulary.
 
     Raises:

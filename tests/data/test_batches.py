@@ -56,6 +56,26 @@ def test_batch():
     assert {t.dtype for t in inputs.values()} == {torch.int64}
 
 
+def test_a_gpus_batch_is_copied_from_pinned_memory_without_a_wait(monkeypatch):
+    pinned, copies = [], []
+
+    def pin(tensor):
+        pinned.append(tensor.clone())
+        return pinned[-1]
+
+    def to(tensor, device, *, non_blocking):
+        copies.append((any(tensor is t for t in pinned), device.type, non_blocking))
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    inputs = encoded().batch(np.array([2, 1]), torch.device("cuda"))
+    assert inputs["labels"].tolist() == [2, 1]
+    assert copies == [(True, "cuda", True)] * 3
+    encoded().batch(np.array([2, 1]), CPU)
+    assert len(pinned) == 3, "what stays on the CPU is not copied"
+
+
 def test_batch_without_labels():
     assert set(encoded().batch(np.array([0, 1]), CPU, labels=False)) == {"input_ids", "attention_mask"}
 

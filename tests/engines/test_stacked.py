@@ -269,12 +269,27 @@ def test_a_cohort_that_fits_is_never_split_and_one_that_does_not_is_split_with_a
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("method", ["ft", "lora"])
-def test_a_groups_estimate_is_not_below_what_it_takes(recipe, method, precision):
-    """Of a whole step: buffers, what is saved for the backward pass, gradients and scratch; and not far off."""
+@pytest.mark.parametrize("case", [*METHOD_CASES, "lora, top layer"])
+def test_a_groups_estimate_is_not_below_what_it_takes(recipe, case, precision):
+    """Of a whole step: buffers, what is saved for the backward pass, gradients and scratch; and not far off.
+
+    Where little trains little is saved, and the highest point is in the forward pass.
+    """
+    top = {"name": "lora", "rank": 4, "targets": ["layer.1.attention.self.query"]}
     settings = {"client__precision": precision, "client__batch_size": 16, "client__dropout": 0.3}
-    experiment = prepare(recipe, method__name=method, **settings)
-    trainer, data, clients = experiment.trainer, experiment.train, 4
+    check_estimate(prepare(recipe, method=METHOD_CASES.get(case, top), **settings))
+
+
+@pytest.mark.parametrize("method", ["ft", "probe"])
+@pytest.mark.parametrize("family", ["deberta-v2", "modernbert"])
+def test_the_estimate_of_other_families(recipe, encoder, family, method):
+    settings = {"client__precision": "bf16", "client__batch_size": 16, "client__dropout": 0.3}
+    check_estimate(prepare(recipe, model__name=str(encoder(family)), method={"name": method}, **settings))
+
+
+def check_estimate(experiment, clients=4):
+    """Require that what is planned for some clients is between what torch's profiler finds and twice that."""
+    trainer, data = experiment.trainer, experiment.train
     rows = np.argsort(-data.lengths(), kind="stable")[:16]
     trainer.model.train()
 
@@ -290,7 +305,7 @@ def test_a_groups_estimate_is_not_below_what_it_takes(recipe, method, precision)
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     peak = np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]).max()
     planned = clients * stacked.memory_of_a_client(experiment)
-    assert 0.4 * planned < peak < planned
+    assert peak < planned < 2 * peak
 
 
 # Isolation

@@ -115,7 +115,17 @@ class Encoded:
                 if isinstance(target, Ragged)
                 else torch.from_numpy(target[rows])
             )
-        return {name: t.to(device, non_blocking=True) for name, t in inputs.items()}
+        return moved(inputs, device)
+
+
+def moved(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Return a batch on a device.
+
+    A copy to a GPU goes on beside the host's work if it is from pinned memory; from any other the host waits.
+    """
+    if device.type == "cuda":
+        batch = {name: t.pin_memory() for name, t in batch.items()}
+    return {name: t.to(device, non_blocking=True) for name, t in batch.items()}
 
 
 def training_batches(

@@ -9,14 +9,17 @@ as long as it says how many are trained at a time (`clients`) or the whole cohor
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, UntypedStorage
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from federa.engines.base import ENGINES, Engine, Session, keep_freed_memory, share_cores
 from federa.engines.stacking import Lanes, attention_of_all, stacked_batch, train_together
@@ -28,9 +31,7 @@ if TYPE_CHECKING:
     from federa.experiment import Experiment
 
 SHARE = 0.7  # of the free memory that a group of clients may take
-COPIES = (
-    10  # of the trained parameters, float32, that a client takes: weights, gradients, moments, temporaries
-)
+MARGIN = 1.5  # on a CPU, over a client's tensors: kernels have scratch, and freed memory has gaps
 _log = logging.getLogger(__name__)
 REMEDY = "use engine.name=serial"
 
@@ -185,20 +186,17 @@ def memory_of_a_client(experiment: Experiment) -> int:
     trainer, data = experiment.trainer, experiment.train
     rows = np.argsort(-data.lengths(), kind="stable")[: trainer.config.batch_size]
     trainer.model.train()
+
+    def step() -> None:
+        lanes = Lanes(trainer, experiment.params, [experiment.kept.start], [1.0])
+        with attention_of_all(trainer.model), torch_seeded(0):
+            lanes.step_(lanes.losses(stacked_batch(data, [rows], trainer.device), 1))
+
     if trainer.device.type == "cuda":
-
-        def step() -> None:
-            lanes = Lanes(trainer, experiment.params, [experiment.kept.start], [1.0])
-            with attention_of_all(trainer.model), torch_seeded(0):
-                lanes.step_(lanes.losses(stacked_batch(data, [rows], trainer.device), 1))
-
         return _peak_on_cuda(step, trainer.device)
-    trainer.flat.load_(experiment.params, experiment.kept.start)
-    with torch_seeded(0):
-        saved = _saved_for_backward(lambda: trainer.loss(data, rows), trainer.model)
-    # A backward pass holds gradients and scratch beside what was saved for it. (Where nothing below the head
-    # trains, little is saved and a forward pass's scratch, a few times that, is not in this.)
-    return 2 * saved + 4 * COPIES * int(trainer.flat.master.numel())
+    with _Watch() as watch:
+        step()
+    return int(MARGIN * watch.most)
 
 
 def _peak_on_cuda(step: Callable[[], None], device: torch.device) -> int:
@@ -210,17 +208,31 @@ def _peak_on_cuda(step: Callable[[], None], device: torch.device) -> int:
     return max(1, int(torch.cuda.max_memory_allocated(device)) - before)
 
 
-def _saved_for_backward(forward: Callable[[], Tensor], model: torch.nn.Module) -> int:
-    """Return the bytes that a forward pass keeps for the backward pass, the model's own apart."""
-    known = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    sizes: dict[int, int] = {}
+class _Watch(TorchDispatchMode):  # type: ignore[misc, unused-ignore]
+    """Counts the bytes of tensors that are made while it is entered: torch says it of CUDA's alone.
 
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
+    Attributes:
+        most: of those that were there at the same time, at the highest.
+    """
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        forward()
-    return sum(sizes.values())
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = 0
+        self._there: dict[int, int] = {}
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = function(*args, **(kwargs or {}))
+        known = {storage.data_ptr() for storage in _storages((args, kwargs))}  # views, and changes in place
+        for storage in _storages(out):
+            place = storage.data_ptr()
+            if place not in known and place not in self._there:
+                self._there[place] = storage.nbytes()
+                weakref.finalize(storage, self._there.pop, place)
+        self.most = max(self.most, sum(self._there.values()))
+        return out
+
+
+def _storages(tree: Any) -> list[UntypedStorage]:
+    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]

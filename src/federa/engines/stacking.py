@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function
+from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from federa.client import ClientConfig, Trainer
-from federa.data.batches import Encoded
+from federa.data.batches import Encoded, moved
+from federa.masks import ready_mask
 from federa.seeds import seed_for, torch_seeded
 from federa.types import IntArray, Job, State, Update
 
@@ -206,10 +207,7 @@ def stacked_batch(data: Encoded, parts: Sequence[IntArray], device: torch.device
     for name in data.targets:
         inputs[name] = inputs[name].clone()  # it may be a view of the data set
         inputs[name][~own.flatten()] = data.pad[name]
-    batch = {name: t.view(len(parts), most, *t.shape[1:]) for name, t in inputs.items()}
-    if device.type == "cuda":
-        batch = {name: t.pin_memory() for name, t in batch.items()}
-    return {name: t.to(device, non_blocking=True) for name, t in batch.items()}
+    return moved({name: t.view(len(parts), most, *t.shape[1:]) for name, t in inputs.items()}, device)
 
 
 class _Folded(torch.autograd.Function):  # type: ignore[misc, unused-ignore]
@@ -254,35 +252,6 @@ def _attend_folded(  # noqa: PLR0917
     return cast("Tensor", _Folded.apply(attend, query, key, value, attention_mask)), None
 
 
-def _mask(  # noqa: PLR0917
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    mask_function: Any = None,
-    attention_mask: Tensor | None = None,
-    dtype: torch.dtype = torch.float32,
-    **options: Any,
-) -> Tensor | None:
-    """Return an additive mask, `(batch, 1, 1 or queries, keys)`, without a look at any value.
-
-    Transformers' own leaves a mask out when nothing is hidden, which no batched pass can ask about.
-    """
-    seen = None if attention_mask is None else attention_mask.bool()[:, None, None, :]
-    if mask_function is not bidirectional_mask_function:
-        device = options.get("device") if attention_mask is None else attention_mask.device
-        batch, head, query, key = (
-            torch.arange(n, device=device) for n in (batch_size, 1, q_length, kv_length)
-        )
-        pattern = mask_function(
-            batch[:, None, None, None], head[:, None, None], query[:, None], key + options.get("kv_offset", 0)
-        )
-        seen = pattern if seen is None else seen & pattern
-    if seen is None:
-        return None
-    nothing = torch.zeros((), dtype=dtype, device=seen.device)
-    return torch.where(seen, nothing, torch.finfo(dtype).min)
-
-
 @contextmanager
 def attention_of_all(model: Any) -> Iterator[None]:
     """Let a transformers model attend for all clients at once while the block runs.
@@ -297,7 +266,7 @@ def attention_of_all(model: Any) -> Iterator[None]:
     name = model.config._attn_implementation
     base = ALL_ATTENTION_FUNCTIONS.get_interface(name if name != "eager" else "sdpa", None)
     AttentionInterface.register(f"{ATTENTION}_{name}", functools.partial(_attend_folded, base))
-    AttentionMaskInterface.register(f"{ATTENTION}_{name}", _mask)
+    AttentionMaskInterface.register(f"{ATTENTION}_{name}", ready_mask)
     model.set_attn_implementation(f"{ATTENTION}_{name}")
     try:
         yield
