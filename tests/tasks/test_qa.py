@@ -301,6 +301,7 @@ FINE = ("soup", CONTEXT, "goal")
         (("soup", ""), r"^data: row 1: (an empty context|no answer)"),
         (("soup", " \n\u00a0", (" ", 0)), r"^data: row 1"),
         ((" \t", CONTEXT, "goal"), r"^data: row 1: an empty question$"),
+        (("soup", "", ("goal", 2)), r"^data: row 1: an empty context$"),
     ],
 )
 def test_bad_rows_are_named(word_level, row, message):

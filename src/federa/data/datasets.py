@@ -15,7 +15,14 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 from sklearn.model_selection import GroupShuffleSplit, train_test_split
 
-from federa.data.readers import CONLL, read_conll, read_mrqa, read_squad, require_utf8
+from federa.data.readers import (
+    CONLL,
+    read_conll,
+    read_mrqa,
+    read_squad,
+    require_utf8,
+    require_utf8_cells,
+)
 from federa.registry import nearest
 from federa.types import FederaError, IntArray, RowError
 
@@ -26,7 +33,7 @@ _FORMATS = {
     ".tsv": "csv",
     ".jsonl": "json",
     ".json": "json",
-    ".gz": "json",  # MRQA's .jsonl.gz
+    ".gz": "json",  # MRQA's .jsonl.gz; of what else is compressed, none
     **dict.fromkeys(CONLL, "conll"),
 }
 
@@ -155,13 +162,16 @@ def read_table(path: str, what: str) -> Any:
     kind = _FORMATS.get(file.suffix.lower())
     if kind is None:
         raise FederaError(f"{what}: {path} is not of a known format ({', '.join(_FORMATS)})")
-    if kind != "parquet" and file.suffix.lower() != ".gz":
+    packed = file.suffix.lower() == ".gz"
+    if packed and _FORMATS.get(Path(file.stem).suffix.lower()) != "json":
+        raise FederaError(
+            f"{what}: {path}: of compressed files only .jsonl.gz and .json.gz are read; unpack it"
+        )
+    if kind != "parquet" and not packed:
         require_utf8(file, what)
     if kind == "conll":
         return read_conll(file, what)
-    own = read_mrqa(file, what) if kind == "json" else None
-    if own is None and kind == "json" and file.suffix.lower() != ".gz":
-        own = read_squad(file)
+    own = (read_mrqa(file, what) or read_squad(file, what)) if kind == "json" else None
     if own is not None:
         return own
     options: dict[str, Any] = {}
@@ -179,6 +189,8 @@ def read_table(path: str, what: str) -> Any:
         raise FederaError(f"{what}: cannot read {path} as {kind}: {reason}") from error
     if len(table) == 0:
         raise FederaError(f"{what}: {path} has no rows")
+    if kind == "parquet":
+        require_utf8_cells(table, file, what)
     if any(name.startswith("__index_level_") for name in table.column_names):
         raise FederaError(f"{what}: {path} has rows of more cells than its header; quote texts with commas")
     return table
