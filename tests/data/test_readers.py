@@ -284,7 +284,7 @@ def test_squad_without_questions(tmp_path):
 def test_of_compressed_files_only_json(tmp_path):
     for name in ("x.csv.gz", "x.gz", "train.parquet.GZ"):
         refused(
-            rf"^data\.train: .*{name}: of compressed files only \.jsonl\.gz and \.json\.gz are read; unpack it$",
+            rf"^data\.train: .*{name}: compressed, only \.jsonl\.gz and \.json\.gz are read; unpack it$",
             tmp_path,
             name,
             gzip.compress(b"text,label\na,b\n"),

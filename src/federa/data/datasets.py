@@ -159,15 +159,8 @@ def read_table(path: str, what: str) -> Any:
     file = Path(path).expanduser()
     if not file.is_file():
         raise FederaError(f"{what}: {path} does not exist")
-    kind = _FORMATS.get(file.suffix.lower())
-    if kind is None:
-        raise FederaError(f"{what}: {path} is not of a known format ({', '.join(_FORMATS)})")
-    packed = file.suffix.lower() == ".gz"
-    if packed and _FORMATS.get(Path(file.stem).suffix.lower()) != "json":
-        raise FederaError(
-            f"{what}: {path}: of compressed files only .jsonl.gz and .json.gz are read; unpack it"
-        )
-    if kind != "parquet" and not packed:
+    kind = _kind(file, what)
+    if kind != "parquet" and file.suffix.lower() != ".gz":
         require_utf8(file, what)
     if kind == "conll":
         return read_conll(file, what)
@@ -194,6 +187,20 @@ def read_table(path: str, what: str) -> Any:
     if any(name.startswith("__index_level_") for name in table.column_names):
         raise FederaError(f"{what}: {path} has rows of more cells than its header; quote texts with commas")
     return table
+
+
+def _kind(file: Path, what: str) -> str:
+    """Return the kind of a file by its ending.
+
+    Raises:
+        FederaError: an unknown one, or something compressed that is no JSON.
+    """
+    kind = _FORMATS.get(file.suffix.lower())
+    if kind is None:
+        raise FederaError(f"{what}: {file} is not of a known format ({', '.join(_FORMATS)})")
+    if file.suffix.lower() == ".gz" and _FORMATS.get(Path(file.stem).suffix.lower()) != "json":
+        raise FederaError(f"{what}: {file}: compressed, only .jsonl.gz and .json.gz are read; unpack it")
+    return kind
 
 
 def _read_folder(folder: Path) -> dict[str, Any]:
