@@ -19,6 +19,7 @@ CORPUS = [
     for words in WORDS.values()
     for word in words
 ]
+SPM_SPECIAL = ("[PAD]", "[CLS]", "[SEP]", "[UNK]")  # [MASK] comes after the pieces
 SPARE = 7  # embeddings beyond the vocabulary, as DeBERTaV3 has
 
 
@@ -175,3 +176,22 @@ def build_family(family: str, to: Path) -> Path:
     model.save_pretrained(to)
     tokenizer.save_pretrained(to)
     return to
+
+
+def build_with_spm(to: Path) -> Path:
+    """Write a small DeBERTaV3 in the layout of the published one: its tokenizer is `spm.model` and a line of settings."""
+    import sentencepiece
+
+    folder = build_family("deberta-v2", to)
+    (folder / "tokenizer.json").unlink()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS),
+        model_prefix=str(folder / "spm"),
+        vocab_size=100,
+        minloglevel=2,
+        **{f"{mark}_id": i for i, mark in enumerate(("pad", "bos", "eos", "unk"))},
+        **{f"{m}_piece": p for m, p in zip(("pad", "bos", "eos", "unk"), SPM_SPECIAL, strict=True)},
+    )
+    (folder / "spm.vocab").unlink()
+    (folder / "tokenizer_config.json").write_text('{"do_lower_case": false, "vocab_type": "spm"}')
+    return folder

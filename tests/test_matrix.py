@@ -1,16 +1,20 @@
 """Every backbone family x task x method: trains, resumes, is exported, and says the same where it is opened again."""
 
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers
 import yaml
+from safetensors.torch import load_file
 
-from families import FAMILIES, build_family
+from families import FAMILIES, build_family, build_with_spm
+from federa.checkpoint import RunDirectory
 from federa.config import parse_config
 from federa.data.datasets import Table
+from federa.experiment import build_experiment
 from federa.export import export, load
 from federa.methods.targets import find_targets
 from federa.run import Observer, run
@@ -74,12 +78,8 @@ def outputs_of(model, encoded):
     return logits * inputs["attention_mask"][:, :, None]
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_it_trains_resumes_leaves_and_says_the_same(family_of, data_of, tmp_path, family, task, method):
-    base, data = family_of(family), data_of(task)
-    config = parse_config(
+def recipe_of(base, data, task, method, precision="fp32"):
+    return parse_config(
         {
             "rounds": 2,
             "cohort": 2,
@@ -93,15 +93,16 @@ def test_it_trains_resumes_leaves_and_says_the_same(family_of, data_of, tmp_path
                 "batch_size": 4,
                 "max_steps": 2,
                 "lr": 2e-3 if method == "ft" else 2e-2,
-                "precision": "fp32",
+                "precision": precision,
             },
             "engine": {"name": "serial", "threads": 1},
         }
     )
-    if (family, method) == ("modernbert", "bitfit"):
-        with pytest.raises(FederaError, match="no biases"):
-            run(config)
-        return
+
+
+def goes_all_the_way(config, tmp_path):
+    """Run, stop, resume, export, and open again; return the folder of the export."""
+    base, data, method = config.model.name, Path(config.data.train), config.method.name
     whole = run(config)
     with pytest.raises(KeyboardInterrupt):
         run(config, tmp_path / "run", observer=Stop())
@@ -132,6 +133,72 @@ def test_it_trains_resumes_leaves_and_says_the_same(family_of, data_of, tmp_path
     untrained = auto.from_pretrained(base, num_labels=len(predictor.labels))
     untrained.load_state_dict(head, strict=False)
     assert (outputs_of(untrained, encoded) - expected).abs().max() > 1e-3
+    return target
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_trains_resumes_leaves_and_says_the_same(family_of, data_of, tmp_path, family, task, method):
+    config = recipe_of(family_of(family), data_of(task), task, method)
+    if (family, method) == ("modernbert", "bitfit"):
+        with pytest.raises(FederaError, match="no biases"):
+            run(config)
+        return
+    goes_all_the_way(config, tmp_path)
+
+
+@pytest.mark.parametrize("method", ["federa", "ft"])
+@pytest.mark.parametrize("family", ["roberta", "deberta-v2"])
+def test_so_does_what_computes_in_bf16(family_of, data_of, tmp_path, family, method):
+    """What is opened again, in float32, is what trained, but for the rounding of bf16."""
+    config = recipe_of(family_of(family), data_of("classification"), "classification", method, "bf16")
+    goes_all_the_way(config, tmp_path)
+    experiment, params = build_experiment(config), RunDirectory(tmp_path / "run").load_checkpoint().params
+    batches = experiment.batches(np.arange(len(experiment.evaluation)))
+    trained = torch.from_numpy(np.concatenate(list(experiment.predict(params, batches)))).float()
+    opened = outputs_of(load(tmp_path / "run").model, experiment.evaluation)[np.concatenate(batches)]
+    gap = (trained - opened).abs().max()
+    assert 0 < gap < 2**-5 * opened.abs().max()
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_so_does_a_tokenizer_that_is_spm_model_alone(data_of, tmp_path, task):
+    """The layout of the published DeBERTaV3."""
+    base = build_with_spm(tmp_path / "base")
+    assert sorted(f.name for f in base.iterdir() if "token" in f.name or "spm" in f.name) == [
+        "spm.model",
+        "tokenizer_config.json",
+    ]
+    config = recipe_of(base, data_of(task), task, "federa")
+    assert goes_all_the_way(config, tmp_path).is_dir()
+    tokenizer = load(tmp_path / "run").tokenizer
+    assert tokenizer.convert_ids_to_tokens(tokenizer("goal")["input_ids"])[:2] == ["[CLS]", "\u2581"]
+    assert tokenizer.unk_token_id not in tokenizer("the goal of the team")["input_ids"]
+
+
+@pytest.mark.parametrize("method", ["federa", "ft"])
+def test_a_masked_language_model_is_a_start(family_of, data_of, tmp_path, method):
+    """Its output layer, tied to the token embeddings, stays behind; the embeddings are there once, as they were."""
+    masked = transformers.BertForMaskedLM.from_pretrained(family_of("bert"))
+    assert masked.get_output_embeddings().weight is masked.get_input_embeddings().weight
+    base = tmp_path / "base"
+    masked.save_pretrained(base)
+    transformers.AutoTokenizer.from_pretrained(family_of("bert")).save_pretrained(base)
+    pretrained = masked.get_input_embeddings().weight.detach().clone()
+
+    config = recipe_of(base, data_of("classification"), "classification", method)
+    experiment = build_experiment(config)
+    model = experiment.trainer.model
+    tables = [n for n, p in model.named_parameters() if p.shape[0] == len(pretrained)]
+    assert tables == ["bert.embeddings.word_embeddings.weight"]
+    assert torch.equal({**dict(model.named_parameters()), **experiment.params}[tables[0]], pretrained)
+    assert not any(name.startswith("cls.") for name, _ in model.named_parameters())
+
+    target = goes_all_the_way(config, tmp_path)
+    written = load_file(target / ("adapter_model.safetensors" if method == "federa" else "model.safetensors"))
+    sizes = [tensor.shape for tensor in written.values() if len(pretrained) in tensor.shape]
+    assert sizes == ([] if method == "federa" else [pretrained.shape]), "and left once, if it trained"
 
 
 def predictor_head(config, predictor):

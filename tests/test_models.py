@@ -5,11 +5,13 @@ import json
 import shutil
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
 
+from families import build_with_spm
 from federa.models import (
     ModelConfig,
     checkpoint_layers,
@@ -253,6 +255,65 @@ def test_a_folder_that_is_not_there():
 def test_a_hub_name_without_a_hub():
     for name in ("bert-base-uncased", "FacebookAI/roberta-base"):
         refused(name, f"cannot load '{name}': it is no local folder, and no model hub answered")
+
+
+def test_a_hub_name_whose_file_is_broken(copy, tmp_path, monkeypatch):
+    """What the hub has answered with lies in its cache: the hub is not what is wrong."""
+    cached = tmp_path / "hub" / "models--org--name"
+    (cached / "snapshots").mkdir(parents=True)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0" * 40)
+    folder = shutil.move(copy(), cached / "snapshots" / ("0" * 40))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert load("org/name").head == HEADS["bert"]
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    refused("org/name", "cannot load 'org/name': Error while deserializing header")
+
+
+def test_a_hub_name_that_the_hub_does_not_know(monkeypatch):
+    def unknown(*_, **__):
+        raise OSError(
+            "org/name is not a local folder and is not a valid model identifier\nmore"
+        ) from ValueError()
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", unknown)
+    refused("org/name", r"cannot load 'org/name': org/name is not a local folder and .* model identifier$")
+
+
+SPM = "cannot load .*: its tokenizer, a SentencePiece model, "
+
+
+@pytest.mark.parametrize("lacking", ["sentencepiece", "google.protobuf", None])
+def test_a_sentencepiece_tokenizer(tmp_path, monkeypatch, lacking):
+    """The published DeBERTaV3 has no tokenizer.json. A newer sentencepiece than the extra's fails as no protobuf does."""
+    pytest.importorskip("sentencepiece", reason="the extra 'deberta' is not installed")
+    folder = build_with_spm(tmp_path / "base")
+    assert load(folder).head == HEADS["deberta-v2"]
+    if lacking is None:
+        (folder / "spm.model").write_bytes((folder / "spm.model").read_bytes()[:500])
+        refused(folder, SPM + "is damaged$", within=20)
+        return
+    for name in [name for name in sys.modules if name.startswith(("sentencepiece", "google.protobuf"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, lacking, None)
+    refused(folder, SPM + r"needs other packages: pip install 'federa\[deberta\]'$", within=20)
+
+
+@pytest.mark.parametrize("name", ["roberta-small", "deberta-small"])
+def test_the_encoders_of_the_benchmarks(name):
+    """They are of the paper's families, at a size for a CPU."""
+    family = "roberta" if name == "roberta-small" else "deberta-v2"
+    loaded = load(Path(__file__).parents[1] / "benchmarks" / "encoders" / name)
+    assert loaded.head == HEADS[family] and loaded.model.config.model_type == family
+    encoder = [p.numel() for n, p in loaded.model.named_parameters() if n not in loaded.head]
+    assert 8e6 < sum(encoder) < 11e6
+    text = "Paris is in France"
+    tokens = loaded.tokenizer(text, return_tensors="pt")
+    assert loaded.tokenizer.unk_token_id not in tokens["input_ids"]
+    assert loaded.tokenizer.decode(tokens["input_ids"][0], skip_special_tokens=True).strip() == text
+    with torch.no_grad():
+        assert torch.isfinite(loaded.model.eval()(**tokens).logits).all()
 
 
 def test_a_folder_without_a_config(tmp_path):

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import datasets
 import pytest
 
 from federa.compare import Comparison
@@ -42,3 +43,19 @@ def test_the_papers_grid_is_six_sets_two_skews_and_five_methods():
     assert {setting.config.partition.alpha for setting in made.settings} == {0.1, 1.0}
     assert all(setting.config.diagnostics for setting in made.settings)
     assert len(read_yaml(FOLDER / "paper.yaml")["grid"]["lrs"]) == 5
+
+
+def test_20_newsgroups_from_a_hub(monkeypatch):
+    """What the recipe says of the hub's copy: number and name of a label in two columns."""
+    rows = [
+        {"text": f"{name} {i}", "label": i % 2, "label_text": name} for i in range(6) for name in ("a", "b")
+    ]
+    hub = {split: datasets.Dataset.from_list(rows) for split in ("train", "test")}
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args: asked.append(args) or hub)
+    words = (FOLDER / "newsgroups20.yaml").read_text().split("With a hub:\n# ")[1].split(".\n")[0].split()
+    config = load_config(FOLDER / "newsgroups20.yaml", words)
+    splits = read_splits(config.data, config.task)
+    assert asked == [("SetFit/20_newsgroups", None)]
+    assert config.task.labels(splits.train, config.data) == ["a", "b"]
+    assert len(splits.train) == len(splits.evaluation) == 12

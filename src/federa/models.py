@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import sys
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from torch import nn
@@ -109,12 +111,35 @@ def _quiet() -> Iterator[None]:
 
 def _explain(name: str, error: Exception) -> FederaError:
     text = str(error).strip().split("\n")[0]
-    if not Path(name).exists():
+    if not Path(name).exists() and _unanswered(error):
         text = (
             "it is no local folder, and no model hub answered; "
             "give a folder with config.json and model.safetensors, or go online"
         )
+    elif "tiktoken" in text or "sentencepiece" in text.lower():
+        # transformers tries one reader of such files after the other, and tells of the last.
+        text = "its tokenizer, a SentencePiece model, " + (
+            "is damaged" if _reads_sentencepiece() else "needs other packages: pip install 'federa[deberta]'"
+        )
     return FederaError(f"model.name: cannot load {name!r}: {text}")
+
+
+def _unanswered(error: BaseException | None) -> bool:
+    """Return whether a file was asked for that is neither here nor to be had: offline, or no connection."""
+    while error is not None:
+        if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _reads_sentencepiece() -> bool:
+    """Return whether the packages that read `spm.model` are here, and of versions that go together."""
+    try:
+        importlib.import_module("sentencepiece.sentencepiece_model_pb2")
+    except Exception:  # lacking, or made for another protobuf, which has an error of its own
+        return False
+    return True
 
 
 def set_dropout(config: Any, rate: float) -> None:

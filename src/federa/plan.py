@@ -21,12 +21,14 @@ class Plan:
     Attributes:
         experiment: built, nothing trained.
         bytes_round: up and down together, of one round.
-        seconds: of the whole run, on the engine's workers; from a few steps measured here.
+        seconds: of all rounds, on the engine's workers; from a few steps measured here.
+        start: seconds before the first round, here; what a later run finds in a cache is in them.
     """
 
     experiment: Experiment
     bytes_round: int
     seconds: float
+    start: float
 
 
 def make_plan(config: RunConfig) -> Plan:
@@ -35,10 +37,12 @@ def make_plan(config: RunConfig) -> Plan:
     Raises:
         FederaError: anything wrong with the recipe.
     """
+    began = time.perf_counter()
     experiment = build_experiment(resolve(config))
     config = experiment.config
     with config.engine.open(experiment):
         pass  # an engine that cannot start says so here
+    start = time.perf_counter() - began
     middle = int(np.argsort([len(part) for part in experiment.parts])[len(experiment.parts) // 2])
     job = Job(1, middle, 0, scheduled_lr(config.client, 1, config.rounds))
     seconds = []
@@ -61,4 +65,4 @@ def make_plan(config: RunConfig) -> Plan:
     evaluations = -(-config.rounds // every)
     workers = config.engine.num_workers()
     total = (config.rounds * config.cohort * examples * min(seconds) + evaluations * evaluation) / workers
-    return Plan(experiment, 2 * config.cohort * num_bytes(experiment.params), total)
+    return Plan(experiment, 2 * config.cohort * num_bytes(experiment.params), total, start)

@@ -326,6 +326,26 @@ def test_questions_about_one_context_cannot_be_held_out(tmp_path):
     refused(r"^data: cannot hold out 20% of 3 rows", task=QA(), train=there)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"context": None}, "column 'context' is None, not a text"),
+        ({"context": "  "}, "an empty context"),
+        ({"question": ""}, "an empty question"),
+        ({"answers": None}, "column 'answers': expected 'text' and 'answer_start'"),
+        (
+            {"answers": {"text": ["no"], "answer_start": [5]}},
+            "the answer 'no' is not at 5; there stands 'is'",
+        ),
+    ],
+)
+def test_a_question_that_is_none_is_named_before_a_hold_out(tmp_path, change, message):
+    rows = questions(2)
+    rows[4] |= change
+    there = write(tmp_path / "rows.parquet", rows)
+    refused(rf"^data: row 4 of the train table: {message}", task=QA(), train=there)
+
+
 def test_sentences_are_held_out_at_random(tmp_path):
     rows = [{"tokens": [f"w{i}"], "tags": ["B-PER" if i % 2 else "O"]} for i in range(20)]
     splits = read(task=NER(), train=write(tmp_path / "rows.parquet", rows))

@@ -5,6 +5,8 @@ import json
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import transformers
 
@@ -58,8 +60,11 @@ def refused(message, folder, name, content):
         TEXT.replace(" ", "   "),
         "# id 7\n" + TEXT.replace(" ", "\t").replace("\n\n", "\n\n# id 8\n"),
         TEXT.replace("\n", " \n"),
+        "# newdoc id = d\n# sent_id = 1\n" + TEXT.replace("\n\n", "\n\n# text = né 👩\u200d🚀\n"),
+        "# sent_id = 1\n" + TEXT.replace(" ", " NNP B-NP "),
+        "# id 5dc0 domain=train\n" + TEXT,
     ],
-    ids=range(13),
+    ids=range(16),
 )
 def test_conll(tmp_path, content):
     assert read(tmp_path, "rows.conll", content).to_list() == SENTENCES
@@ -78,6 +83,15 @@ def test_a_word_may_hold_any_space_but_a_plain_one(tmp_path):
     assert read(tmp_path, "rows.conll", "New York\tB-LOC\n# 1\tO\n").to_list() == [
         {"tokens": ["New York", "# 1"], "tags": ["B-LOC", "O"]}
     ]
+
+
+def test_a_word_that_begins_as_a_comment_does_is_a_word(tmp_path):
+    rows = [{"tokens": ["#", "1", "#"], "tags": ["B-X", "I-X", "O"]}]
+    assert read(tmp_path, "rows.conll", "# B-X\n1 I-X\n# O\n").to_list() == rows
+    assert read(tmp_path, "rows.conll", "# SYM B-X\n1 CD I-X\n# SYM O\n").to_list() == rows
+    assert read(tmp_path, "rows.conll", "1 CD B-X\n# O\n").to_list() == [
+        {"tokens": ["1", "#"], "tags": ["B-X", "O"]}
+    ], "within a sentence there is no comment"
 
 
 @pytest.mark.parametrize(
@@ -117,6 +131,19 @@ def test_a_line_of_another_encoding_is_named(tmp_path, name, content, line):
 def test_parquet_holds_the_same_sentences(tmp_path):
     datasets.Dataset.from_list(SENTENCES).to_parquet(str(tmp_path / "rows.parquet"))
     assert read_table(str(tmp_path / "rows.parquet"), "data.train").to_list() == SENTENCES
+
+
+def test_parquet_of_another_encoding(tmp_path):
+    """Arrow does not look into what is called a text, so another program may have written anything."""
+    latin = pa.array([b"fine", None, b"caf\xe9"]).view(pa.string())
+    ends = pa.array([0, 1, 1, 3], pa.int32())
+    for held in (latin, pa.ListArray.from_arrays(ends, latin), pa.StructArray.from_arrays([latin], ["text"])):
+        pq.write_table(pa.table({"label": ["a", "b", "c"], "held": held}), tmp_path / "rows.parquet")
+        with pytest.raises(
+            FederaError,
+            match=r"^data\.train: .*rows\.parquet, row 2: column 'held' is not UTF-8 \(byte 0xe9\); ",
+        ):
+            read_table(str(tmp_path / "rows.parquet"), "data.train")
 
 
 def test_a_folder_of_conll(tmp_path, encoder):
@@ -176,12 +203,13 @@ def squad(rows=ROWS, **extra):
 
 
 @pytest.mark.parametrize("indent", [None, 2])
-@pytest.mark.parametrize("first", ["data", "version"])
+@pytest.mark.parametrize("first", ["data", "version", "name"])
 def test_squad(tmp_path, indent, first):
-    content = squad() if first == "data" else {"version": "1.1", **squad()}
+    content = squad() if first == "data" else {first: "1.1", **squad()}
     for text in (json.dumps(content, indent=indent), json.dumps(content, indent=indent, ensure_ascii=False)):
         assert read(tmp_path, "dev-v1.1.json", text).to_list() == ROWS
         assert read(tmp_path, "dev-v1.1.json", "\ufeff" + text).to_list() == ROWS
+        assert read(tmp_path, "dev-v1.1.json.gz", gzip.compress(text.encode())).to_list() == ROWS
 
 
 def test_squad_without_titles(tmp_path):
@@ -213,19 +241,54 @@ def test_json_lines_that_look_like_squad(tmp_path, content):
     assert read(tmp_path, "rows.jsonl", content).to_list() == rows
 
 
-@pytest.mark.parametrize("spoil", ["text", "answer_start", "context", "question"])
-def test_squad_with_something_else_in_it_is_one_line(tmp_path, spoil):
-    content = squad()
-    paragraph = content["data"][0]["paragraphs"][0]
-    where = {"context": paragraph, "question": paragraph["qas"][0]}.get(
-        spoil, paragraph["qas"][0]["answers"][0]
-    )
-    where[spoil] = ["x"]
-    path = tmp_path / "dev.json"
-    path.write_text(json.dumps(content))
-    with pytest.raises(FederaError) as error:
-        read_splits(DataConfig(train=str(path), test=str(path)), QA())
-    assert "\n" not in str(error.value)
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda one: one["paragraphs"][0].pop("context"), r"data\[0\]\.paragraphs\[0\] has no 'context'$"),
+        (
+            lambda one: one["paragraphs"][0].update(context=None),
+            r"paragraphs\[0\]\.context is None, not a text$",
+        ),
+        (lambda one: one["paragraphs"][0].pop("qas"), r"data\[0\]\.paragraphs\[0\] has no 'qas'$"),
+        (lambda one: one.update(paragraphs=None), r"data\[0\]\.paragraphs is None, not a list$"),
+        (lambda one: second(one).pop("question"), r"data\[0\]\.paragraphs\[0\]\.qas\[1\] has no 'question'$"),
+        (lambda one: second(one).pop("answers"), r"data\[0\]\.paragraphs\[0\]\.qas\[1\] has no 'answers'$"),
+        (lambda one: second(one).update(answers=["x"]), r"\.qas\[1\]\.answers\[0\] has no 'text'$"),
+        (
+            lambda one: second(one)["answers"][0].update(answer_start="33"),
+            r"\.qas\[1\]\.answers\[0\]\.answer_start is '33', not a whole number$",
+        ),
+        (
+            lambda one: second(one)["answers"][0].update(text=["x"]),
+            r"answers\[0\]\.text is \['x'\], not a text$",
+        ),
+        (lambda one: one["paragraphs"].append("x"), r"data\[0\]\.paragraphs\[1\] has no 'context'$"),
+    ],
+)
+def test_the_place_that_is_not_squads(tmp_path, spoil, message):
+    content = squad(version="1.1")
+    spoil(content["data"][0])
+    refused(rf"^data\.train: .*dev\.json: .*{message}", tmp_path, "dev.json", json.dumps(content))
+
+
+def second(article):
+    """The second question of an article."""
+    return article["paragraphs"][0]["qas"][1]
+
+
+def test_squad_without_questions(tmp_path):
+    content = '{"version": "1.1", "data": [{"title": "T", "paragraphs": []}]}'
+    refused(r"^data\.train: .*dev\.json has no questions$", tmp_path, "dev.json", content)
+
+
+def test_of_compressed_files_only_json(tmp_path):
+    for name in ("x.csv.gz", "x.gz", "train.parquet.GZ"):
+        refused(
+            rf"^data\.train: .*{name}: compressed, only \.jsonl\.gz and \.json\.gz are read; unpack it$",
+            tmp_path,
+            name,
+            gzip.compress(b"text,label\na,b\n"),
+        )
 
 
 # MRQA
@@ -276,6 +339,43 @@ def test_all_spans_of_all_answers_in_order(tmp_path):
     ]
     (row,) = read(tmp_path, "x.jsonl", dumped(lines))
     assert row["answers"] == {"text": ["a", "a", "b a"], "answer_start": [0, 4, 2]} and row["id"] == "5"
+
+
+def found_at(text, span, context="It was in 1999. Then the EU"):
+    lines = mrqa()
+    lines[2]["context"] = context
+    lines[2]["qas"][0]["detected_answers"] = [{"text": text, "char_spans": [[10, 13], span]}]
+    return dumped(lines)
+
+
+@pytest.mark.parametrize(
+    ("text", "span", "there"),
+    [
+        ("1999", [9, 12], "' 199'"),
+        ("1999", [10, 14], "'1999.'"),
+        ("1999", [10, 12], "'199'"),
+        ("2000", [10, 13], "'1999'"),
+    ],
+)
+def test_an_answer_that_is_not_at_its_span_is_named(tmp_path, text, span, there):
+    """One off, with the end after the last character (what SQuAD's measures would not see), or elsewhere."""
+    message = (
+        rf"^data\.train: .*x\.jsonl, line 3: the answer '{text}' is not at \[\d+, \d+\] .*; there stands "
+    )
+    refused(message, tmp_path, "x.jsonl", found_at(text, span))
+    if text == "1999":
+        refused(f"{there}$", tmp_path, "x.jsonl", found_at(text, span))
+
+
+def test_gold_is_what_stands_at_the_span(tmp_path):
+    """The text beside it may be normalised."""
+    lines = mrqa()
+    lines[2]["context"] = "It was the E.U."
+    lines[2]["qas"][0]["detected_answers"] = [{"text": "eu", "char_spans": [[7, 14]]}]
+    assert read(tmp_path, "x.jsonl", dumped(lines))[2]["answers"] == {
+        "text": ["the E.U."],
+        "answer_start": [7],
+    }
 
 
 def test_mrqa_with_a_byte_order_mark(tmp_path):

@@ -109,6 +109,34 @@ def test_iob1_is_read_when_asked_for(word_level):
         TASK.labels(rows, DATA)
 
 
+@pytest.mark.parametrize("letters", ["BIES", "BILU"])
+def test_bioes_is_read_when_asked_for(word_level, letters):
+    """BILOU is the same with other letters."""
+    begin, inside, end, single = (f"{letter}-PER" for letter in letters)
+    rows = table([["goal", "team", "cup", "win", "app", "chip"]], [[begin, inside, end, single, "O", single]])
+    task = NER(scheme="bioes")
+    labels = task.labels(rows, DATA)
+    assert labels == ["O", "B-PER", "I-PER"]
+    encoded = task.encode(rows, DATA, word_level, labels)
+    assert rows_of(encoded.targets["labels"]) == [[-100, 1, 2, 2, 1, 0, 1, -100]]
+    with pytest.raises(
+        FederaError,
+        match=rf"word 2: the tag '{end}' after '{inside}' is not BIO; if .* in BIOES, set task\.scheme=bioes$",
+    ):
+        TASK.labels(rows, DATA)
+    after = table([["goal", "team"]], [[single, inside]])
+    with pytest.raises(
+        FederaError, match=rf"row 0: word 1: the tag '{inside}' after '{single}' is not BIOES$"
+    ):
+        task.labels(after, DATA)
+
+
+def test_no_scheme_is_named_where_none_helps():
+    for tags in (["X", "O"], ["M-PER", "O"], ["E", "O"]):
+        with pytest.raises(FederaError, match=r"is not BIO$"):
+            TASK.labels(table([["a", "b"]], [tags]), DATA)
+
+
 def test_groups_are_the_types_of_a_sentence():
     tags = [["B-PER", "O", "B-LOC"], ["O"], ["B-LOC", "I-LOC", "B-LOC"], ["B-LOC", "B-PER", "I-PER"]]
     rows = table([["w"] * len(one) for one in tags], tags)

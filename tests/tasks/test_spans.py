@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from federa.tasks.spans import from_iob1, illegal, span_scores, spans, split_tag
+from federa.tasks.spans import BIOES, from_bioes, from_iob1, illegal, span_scores, spans, split_tag
 
 KINDS = ("PER", "LOC", "creative-work")
 LEGAL = [["O"], ["B-PER"], ["B-PER", "I-PER"], ["B-LOC"], ["B-creative-work", "I-creative-work"]]
@@ -82,6 +82,38 @@ def test_an_empty_tag_is_illegal():
 )
 def test_iob1_by_hand(iob1, bio):
     assert from_iob1(tags(iob1)) == tags(bio)
+
+
+@pytest.mark.parametrize(
+    ("bioes", "bio"),
+    [
+        ("", ""),
+        ("O S-PER S-PER", "O B-PER B-PER"),
+        ("B-PER E-PER B-PER I-PER E-PER", "B-PER I-PER B-PER I-PER I-PER"),
+        ("U-LOC B-LOC L-LOC O", "B-LOC B-LOC I-LOC O"),
+        ("S-creative-work B-PER E-PER", "B-creative-work B-PER I-PER"),
+    ],
+)
+def test_bioes_by_hand(bioes, bio):
+    assert illegal(tags(bioes), "".join(BIOES)) is None
+    assert from_bioes(tags(bioes)) == tags(bio)
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("E-PER", 0),
+        ("O I-PER", 1),
+        ("S-PER E-PER", 1),
+        ("B-PER E-PER I-PER", 2),
+        ("B-PER E-LOC", 1),
+        ("B-PER L-PER L-PER", 2),
+        ("O BI-PER", 1),
+        ("E", 0),
+    ],
+)
+def test_the_first_word_that_is_not_bioes(text, word):
+    assert illegal(tags(text), "".join(BIOES)) == word
 
 
 def to_iob1(bio):

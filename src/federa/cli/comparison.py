@@ -210,12 +210,12 @@ def _show_plan(comparison: Comparison, console: Console, *, estimated: bool) -> 
 
 def _run(comparison: Comparison, folder: Path, console: Console) -> bool:
     """Run what is not finished, print the tables; return whether every run is done."""
-    from federa.compare import compare_methods, terminal_table
+    from federa.compare import compare_methods, terminal_tables
 
     # A mistake shows before anything is written.
     _show_plan(comparison, console, estimated=not (folder / "settings").exists())
     outcome = compare_methods(comparison, folder, lambda line: console.print(line, highlight=False))
     for title, lines in outcome.tables:
-        console.print(terminal_table(title, lines))
+        console.print(*terminal_tables(title, lines, console.width), sep="\n")
     console.print(f"written: {folder}/cells.csv, table.md, table.tex, report.html", highlight=False)
     return all(row["status"] == "done" for row in outcome.rows)

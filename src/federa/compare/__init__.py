@@ -164,6 +164,9 @@ def _sharing(config: RunConfig, jobs: int) -> RunConfig:
 def time_estimate(comparison: Comparison, say: Say) -> float:
     """Return the seconds that all of a comparison will take, from a few steps of every method.
 
+    A run's start is taken to last as long as that of the quickest method: the first one here makes what the
+    others find in the cache.
+
     Args:
         comparison: what to run.
         say: is given one line for each.
@@ -174,14 +177,19 @@ def time_estimate(comparison: Comparison, say: Say) -> float:
     total, longest = 0.0, 0.0
     for setting in comparison.settings:
         jobs = jobs_for(setting.config, comparison.grid.jobs)
+        plans = {}
         for method in comparison.grid.methods:
             cell = comparison.cell(setting, method, comparison.grid.seeds[0], None)
-            seconds = make_plan(_sharing(cell.config, jobs)).seconds
-            rounds = sum(runs * each for runs, each in comparison.rungs(setting, method))
-            runs = len(comparison.grid.seeds) + rounds / setting.config.rounds
-            say(f"{setting.name}: {method}: {readable_seconds(seconds)} a run")
-            total += runs * seconds / jobs
-            longest = max(longest, seconds)
+            plan = make_plan(_sharing(cell.config, jobs))
+            plans[method] = plan.seconds, plan.start
+        start = min(start for _, start in plans.values())
+        for method, (seconds, _) in plans.items():
+            say(f"{setting.name}: {method}: {readable_seconds(start + seconds)} a run")
+            seeds, rungs = len(comparison.grid.seeds), comparison.rungs(setting, method)
+            rounds = sum(runs * each for runs, each in rungs) / setting.config.rounds
+            starts = seeds + sum(runs for runs, _ in rungs)
+            total += (starts * start + (seeds + rounds) * seconds) / jobs
+            longest = max(longest, start + seconds)
     return max(total, longest)
 
 
@@ -280,27 +288,33 @@ def _outcome(comparison: Comparison, folder: Path, cells: Sequence[Cell], rows: 
 def _reached(
     comparison: Comparison, folder: Path, cells: Sequence[Cell], rows: Sequence[Row]
 ) -> Iterable[Reached]:
-    """Yield what every method took to reach shares of the reference's best score."""
+    """Yield what every method took to reach shares of the reference's best score.
+
+    Each seed has its own target, as in `clock.time_to_targets`: shares of the best that the reference reached
+    with it, which it therefore always reaches itself. A seed with which it failed has none.
+    """
     reference, failed = comparison.reference, {r["folder"] for r in rows if r["status"] != "done"}
     for setting in comparison.settings:
         mine = [cell for cell in cells if cell.setting == setting.name]
-        best = [
-            r["best"]
+        best = {
+            r["seed"]: r["best"]
             for r in rows
             if (r["setting"], r["method"]) == (setting.name, reference) and "best" in r
-        ]
+        }
         if not best or not setting.config.evaluate_every:
             continue
-        metric, level = setting.config.task.primary, sum(best) / len(best)
+        metric, level = setting.config.task.primary, sum(best.values()) / len(best)
         for share in comparison.grid.targets:
             target = f"{share:.0%} of {reference}'s best ({share * level:.3f})"
             for method in comparison.grid.methods:
                 costs = [
-                    cost_to(RunDirectory(folder / cell.folder).records(), metric, share * level)
+                    cost_to(
+                        RunDirectory(folder / cell.folder).records(), metric, share * best[cell.config.seed]
+                    )
                     if str(cell.folder) not in failed
                     else None
                     for cell in mine
-                    if cell.method == method
+                    if cell.method == method and cell.config.seed in best
                 ]
                 mean = mean_cost(costs)
                 yield Reached(
@@ -311,7 +325,7 @@ def _reached(
                     bytes=mean.bytes if mean else None,
                     seconds=mean.seconds if mean else None,
                     seeds=sum(cost is not None for cost in costs),
-                    of=len(comparison.grid.seeds),
+                    of=len(costs),
                 )
 
 
@@ -319,7 +333,8 @@ def _write(comparison: Comparison, folder: Path, cells: Sequence[Cell], outcome:
     write_csv(folder / "cells.csv", outcome.rows)
     tables = list(outcome.tables)
     if outcome.reached:
-        tables.append(("Cost to a target", reached_lines(outcome.reached)))
+        title = f"Cost to a share of {comparison.reference}'s best with the same seed (its mean over seeds)"
+        tables.append((title, reached_lines(outcome.reached)))
     text = "\n".join(f"## {title}\n\n{markdown(lines)}" for title, lines in tables)
     write_atomically(folder / "table.md", text.encode())
     parts = "\n".join(f"% {title}\n{latex(lines)}" for title, lines in tables)
@@ -333,9 +348,25 @@ def _write(comparison: Comparison, folder: Path, cells: Sequence[Cell], outcome:
         write_grid_report("federa compare", done, outcome.pairs, outcome.reached, folder / "report.html")
 
 
-def terminal_table(title: str, lines: Lines) -> Table:
-    """Return lines as a table for a terminal."""
-    table = Table(*lines[0], title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
-    for line in lines[1:]:
-        table.add_row(*line)
-    return table
+def terminal_tables(title: str, lines: Lines, width: int) -> list[Table]:
+    """Return lines as tables for a terminal: several, one below the other, where one would be too wide.
+
+    Each has the first column. Heads are wrapped at their spaces and never cut.
+    """
+    gap = 2
+    wide = [max(*map(len, column[0].split()), *map(len, column[1:])) for column in zip(*lines, strict=True)]
+    parts = [[0]]
+    for column in range(1, len(wide)):
+        if sum(wide[c] + gap for c in [*parts[-1], column]) - gap > width and len(parts[-1]) > 1:
+            parts.append([0])
+        parts[-1].append(column)
+    tables = []
+    for number, part in enumerate(parts):
+        first = title if number == 0 else None
+        table = Table(title=first, title_justify="left", box=None, padding=(0, gap, 0, 0), pad_edge=False)
+        for column in part:
+            table.add_column(lines[0][column], width=wide[column], vertical="bottom")
+        for line in lines[1:]:
+            table.add_row(*(line[column] for column in part))
+        tables.append(table)
+    return tables

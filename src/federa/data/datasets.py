@@ -15,7 +15,14 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 from sklearn.model_selection import GroupShuffleSplit, train_test_split
 
-from federa.data.readers import CONLL, read_conll, read_mrqa, read_squad, require_utf8
+from federa.data.readers import (
+    CONLL,
+    read_conll,
+    read_mrqa,
+    read_squad,
+    require_utf8,
+    require_utf8_cells,
+)
 from federa.registry import nearest
 from federa.types import FederaError, IntArray, RowError
 
@@ -26,7 +33,7 @@ _FORMATS = {
     ".tsv": "csv",
     ".jsonl": "json",
     ".json": "json",
-    ".gz": "json",  # MRQA's .jsonl.gz
+    ".gz": "json",  # MRQA's .jsonl.gz; of what else is compressed, none
     **dict.fromkeys(CONLL, "conll"),
 }
 
@@ -152,16 +159,12 @@ def read_table(path: str, what: str) -> Any:
     file = Path(path).expanduser()
     if not file.is_file():
         raise FederaError(f"{what}: {path} does not exist")
-    kind = _FORMATS.get(file.suffix.lower())
-    if kind is None:
-        raise FederaError(f"{what}: {path} is not of a known format ({', '.join(_FORMATS)})")
+    kind = _kind(file, what)
     if kind != "parquet" and file.suffix.lower() != ".gz":
         require_utf8(file, what)
     if kind == "conll":
         return read_conll(file, what)
-    own = read_mrqa(file, what) if kind == "json" else None
-    if own is None and kind == "json" and file.suffix.lower() != ".gz":
-        own = read_squad(file)
+    own = (read_mrqa(file, what) or read_squad(file, what)) if kind == "json" else None
     if own is not None:
         return own
     options: dict[str, Any] = {}
@@ -179,9 +182,25 @@ def read_table(path: str, what: str) -> Any:
         raise FederaError(f"{what}: cannot read {path} as {kind}: {reason}") from error
     if len(table) == 0:
         raise FederaError(f"{what}: {path} has no rows")
+    if kind == "parquet":
+        require_utf8_cells(table, file, what)
     if any(name.startswith("__index_level_") for name in table.column_names):
         raise FederaError(f"{what}: {path} has rows of more cells than its header; quote texts with commas")
     return table
+
+
+def _kind(file: Path, what: str) -> str:
+    """Return the kind of a file by its ending.
+
+    Raises:
+        FederaError: an unknown one, or something compressed that is no JSON.
+    """
+    kind = _FORMATS.get(file.suffix.lower())
+    if kind is None:
+        raise FederaError(f"{what}: {file} is not of a known format ({', '.join(_FORMATS)})")
+    if file.suffix.lower() == ".gz" and _FORMATS.get(Path(file.stem).suffix.lower()) != "json":
+        raise FederaError(f"{what}: {file}: compressed, only .jsonl.gz and .json.gz are read; unpack it")
+    return kind
 
 
 def _read_folder(folder: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from federa.data.batches import IGNORED_LABEL, Encoded, Ragged
 from federa.data.datasets import DataConfig
 from federa.registry import nearest
 from federa.tasks.base import TASKS, Task, paddings
-from federa.tasks.spans import OUTSIDE, from_iob1, illegal, span_scores, split_tag
+from federa.tasks.spans import BIOES, OUTSIDE, from_bioes, from_iob1, illegal, span_scores, split_tag
 from federa.tasks.windows import frame, owners, require_room, window_starts
 from federa.types import FederaError, FloatArray, IntArray, RowError
 
@@ -30,7 +30,8 @@ class NER(Task):
     Attributes:
         metric: what curves, targets and tables use.
         overlap: tokens that two neighbouring windows share at least.
-        scheme: of the tags in the data; `iob1` (as the files of CoNLL-2003) is turned into `bio`.
+        scheme: of the tags in the data; `iob1` (as the files of CoNLL-2003) and `bioes` (or BILOU, the same
+            with other letters) are turned into `bio`.
     """
 
     auto_class: ClassVar[str] = "AutoModelForTokenClassification"
@@ -39,7 +40,7 @@ class NER(Task):
     max_length: int = Field(default=128, ge=4)
     metric: Literal["f1", "precision", "recall", "macro_f1"] = "f1"
     overlap: int = Field(default=32, ge=0)
-    scheme: Literal["bio", "iob1"] = "bio"
+    scheme: Literal["bio", "iob1", "bioes"] = "bio"
 
     @property
     def primary(self) -> str:  # noqa: D102
@@ -79,16 +80,24 @@ class NER(Task):
                 raise RowError(row, f"word {odd}: the tag {tags[odd]!r} is not a text")
             if self.scheme == "iob1":
                 tags = from_iob1(tags)
-            wrong = illegal(tags)
+            wrong = illegal(tags, "".join(BIOES) if self.scheme == "bioes" else "BI")
             if wrong is not None:
                 after = f" after {tags[wrong - 1]!r}" if wrong else " at the start"
+                name = "BIOES" if self.scheme == "bioes" else "BIO"
                 raise RowError(
                     row,
-                    f"word {wrong}: the tag {tags[wrong]!r}{after} is not BIO"
-                    + ("; if the file is in IOB1, set task.scheme=iob1" if self.scheme == "bio" else ""),
+                    f"word {wrong}: the tag {tags[wrong]!r}{after} is not {name}{self._hint(tags[wrong])}",
                 )
-            rows.append(tags)
+            rows.append(from_bioes(tags) if self.scheme == "bioes" else tags)
         return rows
+
+    def _hint(self, tag: str) -> str:
+        """Return in which scheme a tag that is not BIO may be right."""
+        mark, kind = split_tag(tag)
+        other = {"I": "iob1", **dict.fromkeys("ESLU", "bioes")}.get(mark)
+        if self.scheme != "bio" or other is None or not kind:
+            return ""
+        return f"; if the file is in {other.upper()}, set task.scheme={other}"
 
     def encode(self, table: Any, data: DataConfig, tokenizer: Any, labels: Sequence[str] | None) -> Encoded:
         """Tokenise words, and put each word's tag on its first piece."""

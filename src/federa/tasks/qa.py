@@ -80,10 +80,10 @@ class QA(Task):
 
     def encode(self, table: Any, data: DataConfig, tokenizer: Any, labels: Sequence[str] | None) -> Encoded:
         """Tokenise questions and contexts into windows, and find the answers' tokens."""
-        questions, contexts = require_texts(table, self.inputs(data))
+        questions, contexts = self._texts(table, data)
         gold = None if labels is None else _gold(table, data, contexts)
         limit = min(self.max_length, tokenizer.model_max_length)
-        self._check(questions, contexts, tokenizer, limit)
+        self._require_room(questions, tokenizer, limit)
         tokens = tokenizer(
             questions,
             contexts,
@@ -114,12 +114,21 @@ class QA(Task):
             reference,
         )
 
-    def _check(self, questions: Sequence[str], contexts: Sequence[str], tokenizer: Any, limit: int) -> None:
-        """Raise where a question or a context cannot be windowed; the message names the row."""
+    def _texts(self, table: Any, data: DataConfig) -> tuple[list[str], list[str]]:
+        """Return questions and contexts.
+
+        Raises:
+            RowError: one that is no text, or empty.
+        """
+        questions, contexts = require_texts(table, self.inputs(data))
         for row, (question, context) in enumerate(zip(questions, contexts, strict=True)):
             for what, text in (("question", question), ("context", context)):
                 if not text.strip():
                     raise RowError(row, f"an empty {what}")
+        return questions, contexts
+
+    def _require_room(self, questions: Sequence[str], tokenizer: Any, limit: int) -> None:
+        """Raise where a question leaves no room for a context; the message names the row."""
         special = tokenizer.num_special_tokens_to_add(pair=True)
         require_room(limit - special, self.overlap, limit)
         tokens = tokenizer(list(questions), add_special_tokens=False, verbose=False)["input_ids"]
@@ -165,7 +174,7 @@ class QA(Task):
 
     def texts(self, table: Any, data: DataConfig) -> list[str]:
         """Return each question with its first answer, which is what FedNLP clusters."""
-        questions, contexts = require_texts(table, self.inputs(data))
+        questions, contexts = self._texts(table, data)
         return [
             f"{q} {c[a:b]}"
             for q, c, ((a, b), *_) in zip(questions, contexts, _gold(table, data, contexts), strict=True)
@@ -173,7 +182,9 @@ class QA(Task):
 
     def units(self, table: Any, data: DataConfig) -> list[str] | None:
         """Return the contexts: a held-out question must not share its context with a training one."""
-        return list(table[data.context_column])
+        _, contexts = self._texts(table, data)
+        _gold(table, data, contexts)  # what is wrong with a row is said before what a hold-out makes of it
+        return contexts
 
     def loss(self, model_output: Any, inputs: Mapping[str, Tensor]) -> Tensor:
         """Return the mean cross entropy of start and end over the tokens of a row.

@@ -9,6 +9,9 @@ Span = tuple[str, int, int]
 """An entity: its type, its first word, and the word after its last."""
 
 OUTSIDE = "O"
+BIOES = {"B": "B", "I": "I", "E": "I", "S": "B", "L": "I", "U": "B"}
+"""BIO's mark for each of BIOES, or of BILOU, which is the same with other letters."""
+CONTINUES = "IEL"
 
 
 def split_tag(tag: str) -> tuple[str, str]:
@@ -17,19 +20,24 @@ def split_tag(tag: str) -> tuple[str, str]:
     return mark, kind
 
 
-def illegal(tags: Sequence[str]) -> int | None:
+def illegal(tags: Sequence[str], marks: str = "BI") -> int | None:
     """Return the first word whose tag cannot stand there in BIO, or None.
 
     A tag is `O`, `B-TYPE` or `I-TYPE`, and `I-TYPE` follows a `B-` or `I-` of the same type.
+
+    Args:
+        tags: of a sentence.
+        marks: those that there are beside `O`; with `BIOES`'s, `E-TYPE` is an `I-` that ends its entity, and
+            `S-TYPE` an entity of one word.
     """
     before = ""
     for i, tag in enumerate(tags):
         mark, kind = split_tag(tag)
-        if mark not in "BIO" or len(mark) != 1 or (mark == OUTSIDE) != (kind == ""):
+        if tag != OUTSIDE and (len(mark) != 1 or mark not in marks or not kind):
             return i
-        if mark == "I" and kind != before:
+        if mark in CONTINUES and kind != before:
             return i
-        before = kind
+        before = kind if mark in "BI" else ""
     return None
 
 
@@ -44,6 +52,11 @@ def from_iob1(tags: Sequence[str]) -> list[str]:
         out.append("B-" + tag[2:] if starts else tag)
         before = tag
     return out
+
+
+def from_bioes(tags: Sequence[str]) -> list[str]:
+    """Return legal BIOES tags as BIO tags."""
+    return [tag if tag == OUTSIDE else BIOES[tag[0]] + tag[1:] for tag in tags]
 
 
 def spans(tags: Iterable[str]) -> list[Span]:

@@ -1,24 +1,14 @@
 """SQuAD's exact match and F1 (Rajpurkar et al. 2016, and the evaluation script v1.1 that came with it).
 
-An answer is compared in lower case, without punctuation (ASCII's), without the articles a, an and the, and
-with single spaces; the best of the gold answers counts.
+Answers are compared once normalised; the best of the gold answers counts.
 """
 
 from __future__ import annotations
 
-import re
-import string
 from collections import Counter
 from collections.abc import Sequence
 
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
-
-
-def normalised(text: str) -> str:
-    """Return an answer as it is compared."""
-    bare = text.lower().translate(_PUNCTUATION)
-    return " ".join(_ARTICLES.sub(" ", bare).split())
+from federa.data.normal import normalised
 
 
 def exact_match(prediction: str, answer: str) -> bool:
