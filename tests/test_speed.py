@@ -63,7 +63,9 @@ def kernels() -> None:
         pytest.skip(native.status())
 
 
-# Thresholds lie halfway between 1, which is what a guard sees where the gain is lost, and what was measured: KERNELS
+# What was measured, on two cores with a load average of 6 to 21, and where the gain was taken away:
+# kernels 1.53 to 1.91, without the fused ones 1.00; packed 1.37 to 1.45, and 1.00 where `packed` gives None;
+# the first token 1.48 to 1.72, and 1.04; a second worker 1.64 to 1.80, and 0.85 where one works at a time.
 
 
 @needs_tiles
@@ -91,6 +93,7 @@ def test_packed_matrices_make_a_step_faster(kernels: None, monkeypatch: pytest.M
     assert ratio(without, lambda: step(model, 4, 32)) > 1.15
 
 
+@needs_tiles
 def test_a_last_layer_for_its_first_token_makes_a_step_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     fast = low_rank_model()
     monkeypatch.setattr(cpu, "read_first_token_only", lambda model: None)
@@ -133,7 +136,7 @@ def gain_of_a_second_worker(experiment: Experiment) -> float:
 @pytest.mark.skipif(available_cores() < 2, reason="one core")
 def test_two_workers_do_more_than_one(recipe) -> None:
     experiment = build(recipe, partition={"name": "iid", "clients": 12}, cohort=12, client__epochs=3)
-    assert gain_of_a_second_worker(experiment) > 1.4
+    assert gain_of_a_second_worker(experiment) > 1.3
 
 
 def test_a_round_costs_little_more_than_its_training(recipe) -> None:
