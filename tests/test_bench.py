@@ -117,6 +117,16 @@ def test_an_engine_that_was_not_measured_is_not_rewritten(tmp_path, monkeypatch)
     assert path.read_text() == ("engine: {name: ray, workers: 9, address: auto}\nclient: {precision: bf16}\n")
 
 
+@pytest.mark.parametrize(("load", "warns"), [(1.9, False), (2.0, False), (2.5, True)])
+def test_a_machine_that_others_keep_busy_is_warned_of(recipe_file, monkeypatch, capsys, load, warns):
+    stub(monkeypatch)
+    monkeypatch.setattr(module.os, "getloadavg", lambda: (load, 9.0, 9.0))
+    monkeypatch.setattr(module.os, "cpu_count", lambda: 2)
+    assert federa("bench", recipe_file) == 0
+    said = "warning: the load average is 2.5 on 2 cores: other jobs decide what is measured here\n"
+    assert capsys.readouterr().err == (said if warns else "")
+
+
 def test_what_can_be_chosen(monkeypatch):
     """On a CPU those that fork come first; an accelerator has no use for them."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -111,6 +112,14 @@ def possible_changes(config: RunConfig) -> list[dict[str, Any]]:
     if config.engine.name not in {keys["engine.name"] for keys in engines}:
         engines = [{}]
     return [{"client.precision": precision, **keys} for precision in PRECISIONS for keys in engines]
+
+
+def disturbance() -> str | None:
+    """Return a warning if more runs on this machine than it has cores for, else None."""
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1  # the load of a container is its machine's
+    if load <= cores:
+        return None
+    return f"the load average is {load:.1f} on {cores} cores: other jobs decide what is measured here"
 
 
 def bench(config: RunConfig, say: Say, repeats: int = 5) -> Bench:

@@ -24,6 +24,10 @@ needs_ray = pytest.mark.skipif(
     importlib.util.find_spec("ray") is None, reason="the extra `ray` is not installed"
 )
 
+os.environ.update(
+    RAY_worker_niceness="0"
+)  # Ray's own is 15: beside other tests its workers would get no core
+
 # A recipe's plugin that does in a worker what a file of the folder `orders` asks for.
 PLUGIN = """
 import os, signal

@@ -146,7 +146,7 @@ def bench(
     """Measure this machine on a recipe: its peak, a local step, and the fastest precision and engine."""
     from federa import progress
     from federa.bench import bench as measure
-    from federa.bench import lines, possible_changes
+    from federa.bench import disturbance, lines, possible_changes
     from federa.config import load_config
     from federa.recipe_edit import edit_recipe
     from federa.state import write_atomically
@@ -165,6 +165,8 @@ def bench(
                 f"--write: {recipe} is written in a way that cannot be edited in place;"
                 " measure without it, and set by hand what is the fastest"
             ) from error
+    if warning := disturbance():
+        progress.console(to_stderr=True).print(f"warning: {warning}", highlight=False)
     console = progress.console()
     with console.status("measuring") as status:
         result = measure(config, lambda what: status.update(f"measuring: {what}"), repeats)

@@ -1,0 +1,187 @@
+"""Where the time of a local step goes, and what its products with frozen matrices take by themselves.
+
+    python benchmarks/step_profile.py [--shapes 16x64 32x128] [KEY=VALUE ...]     # keys of measured_run.py
+
+One thread. The shares are those of torch's profiler over the steps of a client. The products, of the very
+shapes that the model has, are timed by that thread's own clock, in turns: the tiles alone with the packed
+matrix (rows are put in order and multiplied, and what comes out is left), with each end that the model gives
+a product of that shape, and by oneDNN, which packs the matrix at every call. Prints Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import re
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from measured_run import recipe
+from torch import nn
+from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile, record_function
+from turns import Way, head, in_turns, row, shown
+
+from federa.cpu import frozen, native
+from federa.cpu.ends import FusedIntermediate, FusedOutput
+from federa.engines.base import keep_freed_memory
+from federa.experiment import Experiment, build_experiment, resolve
+from federa.methods.lora import LoRALinear
+from federa.server import make_jobs
+
+KINDS = {  # by the names of what ran; the first that fits
+    "packed matrices, and what follows in the same rows": r"^Linear(Gelu|Norm|LowRank)?(Backward)?$",
+    "the factors' gradients": "^factors' gradients$",
+    "attention": "Attention",
+    "norm, GELU and dropout by themselves": "^(Norm|Gelu|Dropout|norm backward)",
+    "torch's matrix products": r"^(aten::(addmm|mm|bmm|baddbmm)_?|aten::mkldnn.*|_LowRankLinear.*)$",
+    "sums, most of them of gradients": r"^aten::(add_?|sum)$",
+    "optimizer": "adamw|Optimizer",
+    "all else": "",
+}
+# The product without its end; the kernels themselves have no use for it.
+ALONE = """
+#include "{source}"
+extern "C" void alone(const bf16 *x, const bf16 *W, int64_t rows, int64_t k, int64_t n) {{
+    product({{x, nullptr, rows, k}}, W, n, nullptr, 1, [](int64_t, const float *, float *) {{}});
+}}
+"""
+PEAK_SIDE = 2048
+
+
+def build(folder: Path, batch: int, tokens: int, steps: int, changes: dict[str, Any]) -> Experiment:
+    """Return an experiment whose clients take some steps of a shape."""
+    shape = {"task.max_length": tokens, "client.batch_size": batch, "client.max_steps": steps}
+    few = {"partition.clients": 2, "cohort": 2}
+    return build_experiment(resolve(recipe(folder, {**few, **shape, **changes}, examples=steps * batch)))
+
+
+def shares(experiment: Experiment) -> tuple[float, dict[str, float]]:
+    """Return the seconds of a client's steps under the profiler, and the share of each kind."""
+    job = make_jobs(experiment.config, 1, [len(part) for part in experiment.parts])[0]
+    experiment.train_client(experiment.params, job)  # warms up
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        experiment.train_client(experiment.params, job)
+    spent: dict[str, float] = defaultdict(float)
+    for event in profiled.key_averages():
+        kind = next(kind for kind, names in KINDS.items() if re.search(names, event.key))
+        spent[kind] += event.self_cpu_time_total / 1e6
+    total = sum(spent.values())
+    return total, {kind: spent[kind] / total for kind in KINDS}
+
+
+def name_what_is_called() -> None:
+    """Let the profiler see apart what the backward passes of products call."""
+    for function, name in (("_sum_of_products", "factors' gradients"), ("norm_backward", "norm backward")):
+        setattr(frozen, function, record_function(name)(getattr(frozen, function)))
+
+
+def ends_of(model: nn.Module) -> dict[tuple[int, int], set[str]]:
+    """Return what follows the products with packed matrices, by their shape `(in, out)`."""
+    found: dict[tuple[int, int], set[str]] = defaultdict(set)
+    after = {
+        id(module.dense): "GELU and its slope" if isinstance(module, FusedIntermediate) else "dropout, norm"
+        for module in model.modules()
+        if isinstance(module, FusedIntermediate | FusedOutput)
+    }
+    for module in model.modules():
+        if module.__dict__.get("packed") is not None:
+            end = "factors" if isinstance(module, LoRALinear) else after.get(id(module), "bias")
+            found[module.in_features, module.out_features].add(end)
+    return found
+
+
+def compile_alone(folder: Path) -> ctypes.CDLL:
+    """Return a library with `alone`."""
+    source, to = folder / "alone.cpp", folder / "alone.so"
+    source.write_text(ALONE.format(source=native.SOURCE))
+    done = native._run([*native._compiler(), *native.FLAGS, str(source), "-o", str(to)])
+    assert done.returncode == 0, done.stderr
+    library = ctypes.CDLL(str(to))
+    library.alone.argtypes = [ctypes.c_void_p] * 2 + [ctypes.c_int64] * 3
+    return library
+
+
+def products(
+    library: ctypes.CDLL, rows: int, shape: tuple[int, int], ends: set[str], rank: int
+) -> dict[str, Way]:
+    """Return the ways to multiply random rows with a random matrix of a shape, by what follows."""
+    depth, width = shape
+    draw = lambda *sides: torch.randn(*sides).bfloat16()  # noqa: E731
+    x, weight, bias = draw(rows, depth), draw(width, depth), draw(width)
+    residual, scale, beta, A, B = (
+        draw(rows, width),
+        draw(width),
+        draw(width),
+        draw(rank, depth),
+        draw(width, rank),
+    )
+    kernels = native.load()
+    assert kernels is not None
+    matrix, trained = frozen._pack(kernels, weight), x.clone().requires_grad_()
+    low = (matrix.forward, bias, A, B, 1.0)
+    norm = (residual, scale, beta, 1e-12, 0.1)
+    ways: dict[str, Way] = {
+        "tiles alone": lambda: library.alone(x.data_ptr(), matrix.forward.data_ptr(), rows, depth, width),
+        "bias": lambda: frozen._multiply(kernels, x, matrix.forward, width, bias=bias),
+        "factors": lambda: frozen._multiply_low_rank(kernels, x, *low, transposed=True),
+        "GELU and its slope": lambda: frozen.LinearGelu.apply(matrix, trained, bias),
+        "dropout, norm": lambda: frozen.LinearNorm.apply(matrix, trained, bias, *norm),
+        "oneDNN": lambda: F.linear(x, weight, bias),
+    }
+    return {name: way for name, way in ways.items() if name in {"tiles alone", "bias", "oneDNN", *ends}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("changes", nargs="*", metavar="KEY=VALUE")
+    parser.add_argument("--shapes", nargs="+", default=["16x64", "32x128"], help="batch x tokens")
+    parser.add_argument("--steps", type=int, default=5, help="under the profiler")
+    parser.add_argument("--repeats", type=int, default=7, help="of each product, and 20 calls in each")
+    asked = parser.parse_args()
+    changes = {key: json.loads(value) for key, value in (word.split("=", 1) for word in asked.changes)}
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    name_what_is_called()
+    with tempfile.TemporaryDirectory() as scratch:
+        for shape in asked.shapes:
+            batch, tokens = map(int, shape.split("x"))
+            experiment = build(Path(scratch), batch, tokens, asked.steps, changes)
+            total, of = shares(experiment)
+            print(
+                f"\n{batch} x {tokens} tokens: {1e3 * total / asked.steps:.0f} ms a step under the profiler\n"
+            )
+            print(head("kind", "share"))
+            print("\n".join(row(kind, f"{share:.1%}") for kind, share in of.items()))
+            show_products(Path(scratch), experiment, batch * tokens, asked.repeats)
+
+
+def show_products(scratch: Path, experiment: Experiment, rows: int, repeats: int) -> None:
+    """Print what the products of a step take by themselves."""
+    found = ends_of(experiment.trainer.model)
+    if not found:
+        print(f"\nno packed matrices here: {native.status()}")
+        return
+    rank = getattr(experiment.config.method, "rank", 0)
+    square = torch.randn(PEAK_SIDE, PEAK_SIDE).bfloat16()
+    (peaks,) = in_turns({"": lambda: square @ square}, repeats, clock=time.thread_time).values()
+    peak = 2 * PEAK_SIDE**3 / float(np.median(peaks))
+    ends = ("bias", "factors", "GELU and its slope", "dropout, norm")
+    floor = f"at {peak / 1e9:.0f} GFLOP/s, a large product's"
+    print(f"\n{head(f'ms, {rows} rows by', floor, 'tiles alone', *(f'with {e}' for e in ends), 'oneDNN')}")
+    library = compile_alone(scratch)
+    for (depth, width), after in sorted(found.items()):
+        ways = products(library, rows, (depth, width), after, rank)
+        seconds = in_turns(ways, repeats, times=20, clock=time.thread_time)
+        cells = [shown(seconds[n], 1e-3) if n in seconds else "" for n in ("tiles alone", *ends, "oneDNN")]
+        print(row(f"{depth} x {width}", f"{1e3 * 2 * rows * depth * width / peak:.2f}", *cells), flush=True)
+
+
+if __name__ == "__main__":
+    main()
