@@ -151,7 +151,7 @@ def read_table(path: str, what: str) -> Any:
     """
     file = Path(path).expanduser()
     if not file.is_file():
-        raise FederaError(f"{what}: {path} does not exist")
+        raise FederaError(f"{what}: {path} does not exist; give {what}=FILE")
     kind = _FORMATS.get(file.suffix.lower())
     if kind is None:
         raise FederaError(f"{what}: {path} is not of a known format ({', '.join(_FORMATS)})")
