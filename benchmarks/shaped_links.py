@@ -42,6 +42,7 @@ RECIPE = (*RECIPE, "engine.name=serial", "evaluate_every=0")
 TUNSETIFF, IFF_TUN, IFF_NO_PI, CLONE_NEWNET = 0x400454CA, 0x0001, 0x1000, 0x40000000
 MTU = 1500
 TURNS = 5  # Flower's requests one after the other: look, fetch, confirm, announce the answer, hand it in
+WITHIN = 0.1  # of what was foretold the rounds must be; else this ends with status 1
 QUEUE = 1 << 20  # bytes that wait before a link; more is dropped, and TCP sends it again
 
 
@@ -230,6 +231,8 @@ def main() -> None:
     print(f"all: foretold {sum(told):.1f} s, took {sum(took):.1f} s: {ratio:.3f} of what was foretold")
     result = {"idle": idle, "beyond": beyond, "rows": rows, "ratio": ratio}
     (options.out / "shaped_links.json").write_text(json.dumps(result, indent=1) + "\n")
+    if abs(ratio - 1) > WITHIN:
+        raise SystemExit(f"more than {WITHIN:.0%} from what was foretold")
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ def test_idle_seconds_are_a_rounds(recipe, tmp_path):
     busy, idle = (replay(tmp_path / "run", Device(idle=seconds)).spent for seconds in (0, 2))
     assert [b.total - a.total for a, b in zip(busy, idle, strict=True)] == pytest.approx([2, 4, 6])
     assert [a.compute for a in busy] == [b.compute for b in idle]
+    assert [(a.idle, b.idle) for a, b in zip(busy, idle, strict=True)] == [(0, 2), (0, 4), (0, 6)]
 
 
 def test_training_is_timed_anew(recipe, tmp_path):
@@ -83,7 +84,10 @@ def test_faster_machines_and_links_take_less(recipe, tmp_path):
 
 
 def curve(method, seed, scores, seconds=10.0, setting="s"):
-    spent = [Spent(n * seconds, n * seconds / 2, n * seconds / 2) for n in range(1, len(scores) + 1)]
+    spent = [
+        Spent(n * seconds, n * seconds / 2, n * seconds / 4, n * seconds / 4, n * seconds / 10)
+        for n in range(1, len(scores) + 1)
+    ]
     return Replay(method, setting, seed, dict(enumerate(scores, 1)), spent)
 
 
@@ -105,8 +109,9 @@ def test_targets_by_hand():
     assert (lora["seconds"], lora["rounds"], lora["reached"], lora["seeds"]) == (20, 2, 2, 3)
     assert lora["reduction"] == pytest.approx(0.9)
     assert bitfit["reached"] == 1 and bitfit["seconds"] is None and bitfit["reduction"] is None
-    assert clock.shown(bitfit)[4:] == ["", "", "", "", "not reached", ""]
-    assert clock.shown(lora)[5:] == ["20 s", "10 s", "10 s", "90.0%", "-233.3%"]
+    assert clock.shown(bitfit)[4:] == [*6 * [""], "not reached", ""]
+    assert clock.shown(lora)[5:] == ["20 s", "10 s", "5 s", "5 s", "2 s", "90.0%", "-233.3%"]
+    assert clock.headers("ft")[5:10] == ("time", "compute", "transfer", "idle", "waiting")
     assert federa["reduction_others"] == pytest.approx(1 - 6 / 20) and ft["reduction_others"] is None
     assert clock.shown(ft)[-2:] == ["0.0%", ""] and len(clock.shown(bitfit)) == len(clock.headers("ft"))
 
@@ -146,6 +151,9 @@ def test_the_command_shows_and_writes_a_comparison(recipe, tmp_path, capsys):
     assert "known: laptop, phone" in capsys.readouterr().err
     assert federa("time-to-target", tmp_path) == 2
     assert "is no comparison" in capsys.readouterr().err
+    (tmp_path / "cells.csv").write_text("a,b\n1,2\n")
+    assert federa("time-to-target", tmp_path) == 2
+    assert "is no comparison's: it has no column status" in capsys.readouterr().err
 
 
 def test_an_unfinished_run_has_no_time(recipe, tmp_path):

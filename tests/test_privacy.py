@@ -1,6 +1,7 @@
 """Central differential privacy: sensitivity, noise, the accountant's figure, and where none could be given."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -150,6 +151,19 @@ def test_a_run_without_it_does_not_go_on_with_it(recipe, tmp_path):
     run(parse_config(plain), tmp_path / "run")
     with pytest.raises(FederaError, match=r"was started with privacy\.clip=None, not 0\.5"):
         run(parse_config(private(recipe)), tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize(
+    ("key", "other"), [("cohort", 2), ("partition.clients", 5), ("privacy.noise_multiplier", 0.5)]
+)
+def test_a_run_does_not_go_on_with_changed_sampling_or_noise(recipe, tmp_path, key, other):
+    """The accountant takes every round to have been drawn and noised alike."""
+    config = parse_config(private(recipe))
+    run(config.replace(rounds=1), tmp_path / "run")
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    with pytest.raises(FederaError, match=rf"was started with {re.escape(key)}=\d.*, not {other}"):
+        run(config.replace(rounds=1, **{key: other}), tmp_path / "run", resume=True)
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
 def test_without_it_nothing_changes(recipe):

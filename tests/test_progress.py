@@ -5,6 +5,7 @@ import json
 
 import pytest
 from rich.console import Console
+from rich.table import Table
 
 from federa.progress import (
     Bar,
@@ -52,6 +53,13 @@ def test_bytes(count, text):
 )  # fmt: skip
 def test_seconds(seconds, text):
     assert readable_seconds(seconds) == text
+
+
+def test_what_looks_like_markup_is_shown_as_it_is(capsys):
+    table = Table("[/x] :smile:")
+    console().print("[/x] :smile:")
+    console().print(table)
+    assert capsys.readouterr().out.count("[/x] :smile:") == 2
 
 
 def test_json_lines(capsys):

@@ -26,6 +26,7 @@ from federa.state import write_atomically
 from federa.types import FederaError, Job, Record
 
 FRACTIONS = (0.8, 0.9, 0.95)
+PARTS = ("compute", "transfer", "idle", "waiting")  # of a run's seconds; waiting is within the others
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +72,14 @@ class Spent:
         total: by the clock.
         compute: of each round's slowest client.
         transfer: of each round's slowest client.
-        waiting: a client's mean share of a round in which it had answered and others had not.
+        idle: of the server and the middleware, in which nobody trains or sends.
+        waiting: of a client, in the mean: it had answered and others had not.
     """
 
     total: float = 0.0
     compute: float = 0.0
     transfer: float = 0.0
+    idle: float = 0.0
     waiting: float = 0.0
 
 
@@ -158,6 +161,7 @@ def _spent(
             whole.total + last + device.idle,
             whole.compute + compute,
             whole.transfer + transfer,
+            whole.idle + device.idle,
             whole.waiting + statistics.fmean(last - sum(time) for time in times),
         )
         yield whole
@@ -213,6 +217,10 @@ def replay_comparison(folder: Path, device: Device, *, measure: bool = False) ->
     if not (folder / "cells.csv").is_file():
         raise FederaError(f"{folder} is no comparison (it has no cells.csv)")
     rows = list(csv.DictReader(io.StringIO((folder / "cells.csv").read_text())))
+    if rows and not {"status", "setting", "method", "folder"} <= rows[0].keys():
+        raise FederaError(
+            f"{folder}/cells.csv is no comparison's: it has no column status, setting, method or folder"
+        )
     done = [row for row in rows if row["status"] == "done"]
     if not done:
         raise FederaError(f"{folder}: none of its runs is finished")
@@ -275,10 +283,9 @@ def _row(
     row: dict[str, Any] = {"setting": setting, "fraction": fraction, "method": method}
     row |= {"reached": len(times), "seeds": len(runs)}
     if 2 * len(times) <= len(runs):
-        return row | dict.fromkeys(("rounds", "seconds", "compute", "transfer", "waiting"))
+        return row | dict.fromkeys(("rounds", "seconds", *PARTS))
     rounds, spent = times[(len(times) - 1) // 2]
-    parts = {"compute": spent.compute, "transfer": spent.transfer, "waiting": spent.waiting}
-    return row | {"rounds": rounds, "seconds": spent.total, **parts}
+    return row | {"rounds": rounds, "seconds": spent.total, **{part: getattr(spent, part) for part in PARTS}}
 
 
 def write_rows(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -297,15 +304,15 @@ def write_rows(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 def headers(reference: str) -> tuple[str, ...]:
     """Return the heads of the columns of `shown`; the next is the fastest beside itself and the reference."""
     first = ("setting", f"{reference}'s best", "method", "seeds", "rounds")
-    return (*first, "time", "compute", "transfer", f"less than {reference}", "than next")
+    return (*first, "time", *PARTS, f"less than {reference}", "than next")
 
 
 def shown(row: Mapping[str, Any]) -> list[str]:
     """Return a row as people read it."""
     words = [row["setting"], f"{row['fraction']:.0%}", row["method"], f"{row['reached']} of {row['seeds']}"]
     if row["seconds"] is None:
-        return [*words, *[""] * 4, "not reached", ""]
-    times = [_duration(row[key]) for key in ("seconds", "compute", "transfer")]
+        return [*words, *[""] * (2 + len(PARTS)), "not reached", ""]
+    times = [_duration(row[key]) for key in ("seconds", *PARTS)]
     less = [row["reduction"], row["reduction_others"]]
     return [*words, str(row["rounds"]), *times, *("" if one is None else f"{one:.1%}" for one in less)]
 

@@ -163,7 +163,7 @@ class Experiment:
         that its training examples have (at most 200, none twice).
         """
         groups = self.groups.evaluation
-        share = self.counts[client] / self.counts[client].sum()
+        share = self.counts[client] / max(1, self.counts[client].sum())
         available = np.bincount(groups[groups >= 0], minlength=len(share))
         held = (share > 0) & (available > 0)
         if not held.any():

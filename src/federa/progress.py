@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from federa.experiment import Experiment
 from federa.run import Observer, Result
@@ -123,7 +124,8 @@ def result_table(result: Result) -> Table:
     metric = summary["metric"]
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     own = " (mean over clients, each with its own head)" if summary["head"] == "local" else ""
-    table.add_row(f"{metric}{own}", f"[bold]{summary['final']:.4f}[/] (best {summary['best']:.4f})")
+    final = Text.assemble((f"{summary['final']:.4f}", "bold"), f" (best {summary['best']:.4f})")
+    table.add_row(f"{metric}{own}", final)
     if summary["per_client"]:
         per = summary["per_client"]
         shown = f"mean {per['mean']:.4f}, 10th percentile {per['p10']:.4f}, worst {per['worst']:.4f}"
@@ -161,10 +163,14 @@ def partition_table(sizes: list[int], groups: list[str], counts: Any, most: int 
 def console(*, to_stderr: bool = False, shared: bool = False) -> Console:
     """Return a console that wraps nothing when it is not a terminal, so that logs keep one line a round.
 
+    What it prints it prints as it is: words of other machines and of data are among it, and what looks like
+    markup in them must neither change a line nor end the run.
+
     Args:
         to_stderr: where it writes.
         shared: others write there too, so that nothing is moved even in a terminal.
     """
     stream = sys.stderr if to_stderr else sys.stdout
     plain = shared or not stream.isatty()
-    return Console(file=stream, soft_wrap=plain, force_terminal=False if plain else None)
+    terminal = False if plain else None
+    return Console(file=stream, soft_wrap=plain, force_terminal=terminal, markup=False, emoji=False)

@@ -59,7 +59,7 @@ class Place:
         """Start what answers the jobs of a round, and stop it at the end of the block."""
         config = experiment.config
         with config.engine.open(experiment) as session:
-            yield Wired(session, config.wire, experiment.remainders)
+            yield Wired(session, config.wire, experiment.remainders, config.privacy)
 
 
 HERE = Place()

@@ -112,7 +112,8 @@ def finish_round(
         state: before the round.
         jobs: of the round.
         updates: the answers, in the order of the jobs, or why one did not come.
-        sizes: the number of examples of every client, which no weight may exceed; None if it is not known.
+        sizes: the number of examples of every client, which no weight may exceed; None if it is not known,
+            and 0 of a client of which it is not.
 
     Raises:
         RoundFailedError: fewer than `min_success` of the cohort counted; `state` is untouched.
@@ -126,7 +127,7 @@ def finish_round(
             summary.verdicts[client] = update.reason
             summary.absent += 1
             continue
-        most = math.inf if sizes is None else sizes[client]
+        most = sizes[client] if sizes is not None and sizes[client] else math.inf
         summary.verdicts[client] = verdict(update, state.params, config.max_update_norm, most)
         seconds = update.metrics.get("seconds_train", 0.0)
         summary.seconds_train += seconds if math.isfinite(seconds) else 0.0

@@ -43,10 +43,11 @@ def split(config: RunConfig, to: Path) -> list[int]:
         _write(splits.train.select(examples), to / f"client-{client}.parquet")
     _write(splits.evaluation, to / "test.parquet")
     raw = config.model_dump(mode="json")
-    raw["data"] |= {"train": "client-0.parquet", "test": "test.parquet", "validation": None}
+    raw["data"] |= {"train": "client-N.parquet", "test": "test.parquet", "validation": None}
     raw["data"] |= {"evaluate_on": "test", "max_train": None, "max_test": None, "subset": None}
     raw["client"]["lr"] = config.client.lr
-    head = "# The recipe of server and nodes alike; a node says data.train=client-N.parquet of its own.\n"
+    # No file has that name: a node whose owner forgets it must not train on another client's data.
+    head = "# The recipe of server and nodes alike; each node says its own: data.train=client-0.parquet.\n"
     write_atomically(to / "recipe.yaml", (head + yaml.safe_dump(raw, sort_keys=False)).encode())
     return [int(size) for size in experiment.counts.sum(axis=1)]
 

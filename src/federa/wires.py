@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from federa.engines.base import Session
+from federa.privacy import Privacy
 from federa.registry import Component, Registry
 from federa.state import num_bytes
 from federa.types import FederaError, FloatArray, IntArray, Job, State, Update
@@ -156,8 +157,12 @@ class Remainders(Protocol):
         """Keep a state for the client's next job."""
 
 
-def encode_update(wire: Wire, update: Update, kept: Remainders) -> dict[str, Tensor]:
-    """Return what a client sends for an update; what rounding takes away is kept."""
+def encode_update(
+    wire: Wire, update: Update, kept: Remainders, privacy: Privacy | None = None
+) -> dict[str, Tensor]:
+    """Return what a client sends for an update, clipped if need be; what rounding takes away is kept."""
+    if privacy is not None:  # the server's word for it is not needed
+        update = privacy.clipped(update)
     if not wire.remembers:
         return wire.encode(update.delta)
     before = kept.load(update.job)
@@ -171,13 +176,15 @@ def encode_update(wire: Wire, update: Update, kept: Remainders) -> dict[str, Ten
 class Wired:
     """An engine's session whose updates travel over a wire, as they would between machines."""
 
-    def __init__(self, session: Session, wire: Wire, kept: Remainders) -> None:
-        self._session, self._wire, self._kept = session, wire, kept
+    def __init__(
+        self, session: Session, wire: Wire, kept: Remainders, privacy: Privacy | None = None
+    ) -> None:
+        self._session, self._wire, self._kept, self._privacy = session, wire, kept, privacy
 
     def train(self, params: State, jobs: Sequence[Job]) -> Iterator[Update]:
         """See `Session.train`."""
         for update in self._session.train(params, jobs):
-            sent = encode_update(self._wire, update, self._kept)
+            sent = encode_update(self._wire, update, self._kept, self._privacy)
             yield Update(update.job, self._wire.decode(sent, params), update.weight, update.metrics)
 
     def predict(

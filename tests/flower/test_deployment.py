@@ -26,7 +26,7 @@ from federa.split import split
 from running import federa, same, steady
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
-NODES = 3
+NODES = 4
 REASONS = {  # what a node that is turned away says, and what the server says
     "unknown-key": ("the server does not know this node", "it has no key of a node of this federation"),
     "other-ca": ("the server's certificate is refused", "no TLS with it (tlsv1 alert unknown ca)"),
@@ -152,6 +152,7 @@ def test_a_federation_with_keys_gives_the_simulators_state_though_its_server_is_
     programs.processes["server"].send_signal(signal.SIGKILL)
     programs.processes["server"].wait()
     assert rounds() < 4, "killed too late to show anything"
+    shutil.copytree(out, tmp_path / "cut")
     again = programs.start("server", *serve, "--resume")
     programs.until(lambda: again.poll() is not None)
     assert again.returncode == 0, programs.logs()
@@ -165,15 +166,30 @@ def test_a_federation_with_keys_gives_the_simulators_state_though_its_server_is_
         assert REASONS[name][0] in programs.log(name)
         assert REASONS[name][1] in programs.log("server")
     assert load_config(out / "config.yaml").wire.name == "fp32"
+    turn_away_a_revoked_node(programs, [tmp_path / "cut" if word == out else word for word in serve], pki)
     left = subprocess.run(["pgrep", "-fc", str(tmp_path)], capture_output=True, text=True, check=False)
-    assert int(left.stdout) >= len(keys), "the nodes go on"
+    assert int(left.stdout) >= NODES, "the nodes go on"
     homes = set(Path(tempfile.gettempdir()).glob("federa-node-*"))
     for number, process in enumerate(programs.processes.values()):
         process.send_signal((signal.SIGINT, signal.SIGTERM)[number % 2])
     programs.until(lambda: all(process.poll() is not None for process in programs.processes.values()), 30)
-    assert len(homes - set(Path(tempfile.gettempdir()).glob("federa-node-*"))) >= len(keys), (
+    assert len(homes - set(Path(tempfile.gettempdir()).glob("federa-node-*"))) >= NODES, (
         "nodes left folders behind"
     )
+
+
+def turn_away_a_revoked_node(programs, serve, pki):
+    """Go on with a run after a node's key was taken out: the server does not know it, and both say so."""
+    for stranger in ("unknown-key", "other-ca"):
+        programs.processes[stranger].terminate()
+        programs.processes[stranger].wait()
+    (pki / "server" / "nodes" / f"node-{NODES - 1}.pub").unlink()
+    node, before = f"node-{NODES - 1}", len(programs.log(f"node-{NODES - 1}"))
+    server = programs.start("server without a node", *serve, "--resume")
+    programs.until(lambda: REASONS["unknown-key"][1] in programs.log("server without a node"))
+    programs.until(lambda: REASONS["unknown-key"][0] in programs.log(node)[before:])
+    server.kill()
+    server.wait()
 
 
 @pytest.mark.parametrize(
@@ -184,6 +200,20 @@ def test_a_federation_with_keys_gives_the_simulators_state_though_its_server_is_
         ("serve", "--certs . --out a", "ca.crt is not there"),
         ("serve", "--insecure --out a", "--clients: say how many"),
         ("serve", "--insecure --clients 2 data.test=nowhere.csv --out a", "data.test"),
+        ("serve", "--insecure --clients 2 --port 99999 --out a", "--port 99999"),
+        ("serve", "--insecure --clients 2 --deadline -5 --out a", "--deadline: -5.0 is no number of seconds"),
+        ("serve", "--insecure --clients 2 --wait -1 --out a", "--wait: -1.0 is no number of seconds"),
+        ("serve", "--insecure --clients 2 --ask-again nan --out a", "--ask-again: nan is no number"),
+        ("app", "", "recipe.yaml: cannot be written"),
+        ("certs", "--nodes 2", "recipe.yaml: cannot be written"),
+        ("join localhost:abc", "--insecure --client 0", "SERVER: expected host:port"),
+        ("join localhost:1", "--insecure --client -4", "--client -4"),
+        (
+            "join localhost:1",
+            "--insecure --client 0 --state recipe.yaml",
+            "--state: recipe.yaml is no folder",
+        ),
+        ("join localhost:1", "--insecure --client 0 device=cuda", "device: cuda is not available"),
         ("join example.org:8000", "--insecure --client 0", "--insecure is for this machine only"),
         ("join localhost:1", "--insecure", "--client: say which client"),
         ("join localhost:1", "--keys nothing", "ca.crt is not there"),

@@ -18,8 +18,9 @@ from federa.data.datasets import Table, read_table
 from federa.engines import Serial
 from federa.experiment import build_experiment
 from federa.flower.federation import Federation
+from federa.flower.messages import SLACK_BYTES
 from federa.flower.node import Node
-from federa.flower.session import SLACK_BYTES
+from federa.progress import Bar, console
 from federa.run import Observer, run
 from federa.server import finish_round
 from federa.types import Absence, FederaError, RoundFailedError, ServerState
@@ -116,14 +117,25 @@ def test_tasks_whose_texts_are_several_rows(recipe, three, tmp_path, task, metho
     [
         {"method": {"name": "federa", "rank": 4, "head": "freeze"}},
         {"method": {"name": "federa", "rank": 4}, "wire": {"name": "int8"}},
+        {"method": {"name": "federa", "rank": 4}, "wire": {"name": "fp16"}},
         {"client": {"batch_size": 8, "max_steps": 3, "epochs": 2, "proximal": 0.1, "precision": "fp32"}},
         {"client": {"batch_size": 8, "max_steps": 3, "precision": "bf16"}},
         {"aggregator": {"name": "median"}, "server_optimizer": {"name": "adam"}},
     ],
-    ids=["head=freeze", "int8", "client", "bf16", "server"],
+    ids=["head=freeze", "int8", "fp16", "client", "bf16", "server"],
 )
 def test_other_recipes(three, changes):
     experiment, config, place = three(**changes)
+    check_equal(run(config, place=place), simulator(experiment.config))
+
+
+@pytest.mark.parametrize("wire", ["fp32", "int8"])
+def test_what_is_private_is_clipped_before_it_travels(three, wire):
+    """Rounding sees what is sent: clipped after it, the last bits would be others."""
+    private = {"clip": 0.05, "noise_multiplier": 1e-6, "noise": "seeded"}
+    changes = {"aggregator": {"name": "mean", "weighted": False}, "privacy": private}
+    method = {"name": "federa", "rank": 4}
+    experiment, config, place = three(rounds=3, method=method, wire={"name": wire}, **changes)
     check_equal(run(config, place=place), simulator(experiment.config))
 
 
@@ -161,8 +173,12 @@ class Order(Observer):
 
 def test_what_a_slow_node_answers_twice_counts_once_and_in_its_turn(three):
     """Its late answers come in rounds in which nobody asks for them any more."""
+    told = []
     experiment, config, place = three(
-        {"ask_again": 0.05}, rounds=3, partition={"name": "dirichlet", "clients": 3, "alpha": 0.5}
+        {"ask_again": 0.05},
+        rounds=3,
+        partition={"name": "dirichlet", "clients": 3, "alpha": 0.5},
+        told=told.append,
     )
     first, *others = [job.client_id for job in jobs_of(experiment)]
     assert [first, *others] != sorted([first, *others])
@@ -170,6 +186,8 @@ def test_what_a_slow_node_answers_twice_counts_once_and_in_its_turn(three):
     order = Order()
     check_equal(run(config, place=place, observer=order), simulator(experiment.config))
     assert order.clients == 3 * [first, *others]
+    late = f"round 1: client {first}: an answer came after the end of the round; it is put away"
+    assert told.count(late) == 1
     assert place.post.kinds(CLIENTS[first]).count("train") > 3
     assert place.post.kinds(CLIENTS[others[0]]) == ["hello", *3 * ["train"]]
 
@@ -191,6 +209,20 @@ def test_what_is_never_answered_is_given_up(three):
         str(i) for i, (node, kind) in enumerate(place.post.sent) if (node, kind) == (CLIENTS[1], "train")
     ]
     assert place.post.forgotten and place.post.forgotten == asked[: len(place.post.forgotten)]
+
+
+def test_who_answers_twice_in_a_round_is_told_of(three):
+    """Another client keeps the round open until the second answer has come."""
+    told = []
+    experiment, config, place = three({"ask_again": 0.05}, rounds=1, told=told.append)
+
+    def built():
+        place.post.slow[CLIENTS[0]] = 10
+        place.post.lose[CLIENTS[1]] = 12
+
+    place.built = built
+    check_equal(run(config, place=place), simulator(experiment.config))
+    assert told.count("round 1: client 0: it answered more than once; one answer counts") == 1
 
 
 def once(kind, header):
@@ -450,6 +482,18 @@ def test_a_bad_answer_is_named_and_the_round_is_one_without_it(three, spoil, wor
     assert all(line.isprintable() for line in told)
 
 
+def test_words_that_look_like_markup_are_shown_as_they_are(three, capsys):
+    """Markup that is wrong would end the run: any node could."""
+    shown = console()
+    _, config, place = three(told=shown.print)
+    reason = {"kind": "refused", "reason": "no [/x] [red]:boom:", "wants": None}
+    place.post.spoil[CLIENTS[1]] = replacing(json.dumps(reason).encode())
+    run(config, place=place, observer=Bar(shown))
+    out = capsys.readouterr().out
+    assert out.count("round 1: client 1: refused: no [/x] [red]:boom:\n") == 1
+    assert out.count("rejected: client 1: refused: no [/x] [red]:boom:\n") == 2
+
+
 @pytest.mark.parametrize("method", ["federa", "lora"])
 def test_a_node_that_is_started_again_changes_nothing(three, method):
     experiment, config, place = three(rounds=3, method={"name": method, "rank": 4})
@@ -520,12 +564,57 @@ def test_a_node_that_cannot_take_part_any_more_is_left_out_with_a_line(three):
     assert verdicts(found)[1]["1"] == reason
 
 
-def test_a_node_that_does_not_fit_ends_the_run_before_it_begins(three, tmp_path):
-    _, config, place = three()
+def test_a_node_that_does_not_fit_keeps_the_start_waiting_and_ends_it_for_nobody(three, tmp_path):
+    told = []
+    _, config, place = three({"start": 0.5}, told=told.append)
     place.post.nodes[CLIENTS[1]] = three(seed=4)[2].post.nodes[CLIENTS[1]]
     line = line_of(config, place, out=tmp_path / "run")
-    assert line == "client 1 cannot take part: recipe: seed is 4 here and 3 at the server"
+    assert line == "waiting for 1 of 3 nodes: 1, for longer than 0.5 s; start them and try again"
+    reason = "client 1 cannot take part: recipe: seed is 4 here and 3 at the server"
+    assert told.count(f"node {CLIENTS[1]}: {reason}; it is asked again") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_begins_when_the_owner_has_put_the_recipe_right(three):
+    experiment, config, place = three()
+    post = place.post
+    right, post.nodes[CLIENTS[1]] = post.nodes[CLIENTS[1]], three(seed=4)[2].post.nodes[CLIENTS[1]]
+    place.told = lambda line: post.nodes.update({CLIENTS[1]: right}) if "cannot take part" in line else None
+    check_equal(run(config, place=place), simulator(experiment.config))
+
+
+@pytest.mark.parametrize("keys", [True, False])
+def test_a_run_begins_with_enough_nodes_and_others_join_later(three, tmp_path, monkeypatch, keys):
+    """Nor does a resumed one know what a client trains on that had not come."""
+    short_reports(monkeypatch)
+    told = []
+    waits = {"nodes": 2, "round": 0.4}
+    experiment, config, place = three(waits, rounds=3, keys=keys, told=told.append)
+    place.post.off.add(CLIENTS[1])
+    after = After(1, place.post.off.clear)
+    found = run(config, tmp_path / "run", place=place, observer=after)
+    check_simulated(found, experiment, absent={(1, 1)})
+    assert told[-1] == "begun without 1 of 3 nodes" + (": 1" if keys else "")
+    assert json.loads((tmp_path / "run" / "partition.json").read_text())["client_sizes"] == [80, 0, 80]
+
+    with pytest.raises(KeyboardInterrupt):
+        run(config, tmp_path / "cut", place=successor(place, run="run-2"), observer=Cut(2))
+    resumed = run(config, tmp_path / "cut", place=successor(place, tmp_path / "cut", "run-2"), resume=True)
+    assert resumed.state.round == 3 and verdicts(resumed)[2] == dict.fromkeys("012", "ok")
+
+
+def test_a_client_that_joins_late_weighs_no_more_than_its_rows(three):
+    _, config, place = three({"nodes": 2, "round": 0.4})
+    place.post.off.add(CLIENTS[1])
+    place.post.spoil[CLIENTS[1]] = spoiling(lambda said, _: said.update(weight=81))
+    found = run(config, place=place, observer=After(1, place.post.off.clear))
+    assert verdicts(found)[1]["1"] == "weight 81 exceeds the client's 80 examples"
+
+
+@pytest.mark.parametrize("nodes", [0, 4])
+def test_a_start_with_none_or_more_nodes_than_there_are_is_a_line(three, nodes):
+    _, config, place = three({"nodes": nodes})
+    assert line_of(config, place) == f"min-nodes: {nodes}, but there are 3 nodes"
 
 
 def test_nodes_that_do_not_come_are_named(three):
@@ -645,9 +734,12 @@ def test_without_keys_nodes_say_which_client_they_are(three):
 
 @pytest.mark.parametrize("number", [None, -1, 3])
 def test_a_number_that_no_client_has_is_refused(three, number):
-    _, config, place = three(keys=False)
+    told = []
+    _, config, place = three({"start": 0.3}, keys=False, told=told.append)
     place.post.nodes[CLIENTS[1]] = Node(place.post.nodes[CLIENTS[1]]._config, number)
-    assert line_of(config, place) == f"node 1007 says that it is client {number}, of 0 to 2"
+    assert line_of(config, place).startswith("waiting for 1 of 3 nodes, for longer")
+    reason = f"says that it is client {number}, of 0 to 2; it is asked again"
+    assert [line for line in told if reason in line] == [f"node 1007: node 1007 {reason}"]
 
 
 @pytest.mark.parametrize("again", ["same", "fresh"])

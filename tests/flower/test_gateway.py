@@ -8,7 +8,7 @@ import pytest
 
 from federa.flower import gateway
 from federa.flower.certs import make_certificates, node_keys
-from federa.flower.gateway import AT_ONCE, KEY, SMALL, make_gateway
+from federa.flower.gateway import AT_ONCE, KEY, SMALL, STAMP, Once, make_gateway
 
 LIMIT = 100_000
 
@@ -126,6 +126,29 @@ def test_a_wrong_signature_is_told_and_said(ask, capsys):
     answer = ask(lambda request: said(b"no", 401), content=b"x")
     assert (answer.status_code, answer.content) == (401, b"no")
     assert "refused 1.2.3.4: its signature is not that of its key" in capsys.readouterr().out
+
+
+def test_what_was_signed_once_is_taken_once(ask, capsys):
+    """The SuperLink itself takes it for five minutes."""
+    first, second = ({STAMP: f"2026-01-01T00:00:0{number}+00:00"} for number in (1, 2))
+    assert ask(lambda request: said(), headers=first, content=b"x").status_code == 200
+    assert ask(never, headers=first, content=b"y").status_code == 401
+    assert ask(lambda request: said(), headers=second, content=b"x").status_code == 200
+    assert "refused 1.2.3.4: what it says was said before" in capsys.readouterr().out
+
+
+def test_what_was_not_signed_by_its_key_takes_no_memory(ask):
+    stamp = {STAMP: "2026-01-01T00:00:01+00:00"}
+    for _ in range(2):
+        assert ask(lambda request: said(status=401), headers=stamp, content=b"x").status_code == 401
+    assert ask(lambda request: said(), headers=stamp, content=b"x").status_code == 200
+
+
+def test_what_is_too_old_to_be_taken_is_forgotten(monkeypatch):
+    once = Once()
+    assert once.take(b"key", "1") and once.take(b"other", "1") and not once.take(b"key", "1")
+    monkeypatch.setattr(gateway, "REMEMBERED", -1.0)
+    assert once.take(b"key", "2") and len(once._seen) == 1
 
 
 @pytest.mark.parametrize("key", [b"", b"-----BEGIN PUBLIC KEY-----"])

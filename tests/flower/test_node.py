@@ -1,6 +1,7 @@
 """A node by itself: what it refuses, what it wants first, and that it trains as the simulator's client does."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from federa.data.datasets import Table, read_table
 from federa.flower.messages import (
     INIT,
     PROTOCOL,
+    SLACK_BYTES,
     VERSION,
     Hello,
     Here,
@@ -21,6 +23,8 @@ from federa.flower.messages import (
     unpack,
 )
 from federa.flower.node import Node
+from federa.progress import console
+from federa.state import norm
 from federa.types import Job
 from running import same
 
@@ -332,9 +336,43 @@ def test_whatever_is_asked_there_is_an_answer(lora, header):
     experiment, config = lora
     node = Node(config)
     assert refused(node.answer(header, b"")).reason.startswith("message: ")
-    assert refused(node.answer(pack(job(1))[0], b"\x80\x04N.")).reason == "message: damaged (SafetensorError)"
     ask(node, hello(experiment))
+    assert refused(node.answer(pack(job(1))[0], b"\x80\x04N.")).reason == "message: damaged (SafetensorError)"
     served(node, experiment, job(1), experiment.params)
+
+
+def test_more_bytes_than_a_state_can_have_are_not_looked_at(client, monkeypatch):
+    """Before the method has prepared the model a state's size is not known, but the model's is."""
+    experiment, config = client
+    node, state = ready(experiment, config), moved(experiment.params)
+    model = sum(p.numel() for p in experiment.trainer.model.parameters())
+    size = 4 * sum(t.numel() for t in state.values())
+    for number, state, most in ((1, experiment.params, 2 * 2 * 4 * model), (2, state, 2 * size)):
+        with monkeypatch.context() as patch:
+            patch.setattr("federa.flower.messages.load", lambda _: pytest.fail("they were read"))
+            reason = refused(node.answer(pack(job(number))[0], bytes(most + SLACK_BYTES + 1))).reason
+        found = re.fullmatch(r"state: (\d+) bytes, more than (\d+)", reason)
+        assert found and most <= int(found[2]) < int(found[1]) and int(found[2]) < 1.5 * most + SLACK_BYTES
+        served(node, experiment, job(number), state)
+
+
+def test_what_is_private_leaves_a_node_clipped(one_client):
+    experiment, config = one_client("lora")
+    plain = {"aggregator": {"name": "mean", "weighted": False}}
+    private = config.replace(**plain, privacy={"clip": 0.01, "noise_multiplier": 1.0})
+    whole = served(ready(experiment, config), experiment, job(1), experiment.params)
+    node = Node(private)
+    ask(node, hello(experiment, recipe=agreed(private)))
+    answer, delta = ask(node, job(1), experiment.params)
+    assert isinstance(answer, Trained) and norm(whole) > 0.02
+    assert 0.0099 < norm(delta) <= 0.01 * (1 + 1e-6)
+
+
+def test_words_that_look_like_markup_are_shown_as_they_are(lora, capsys):
+    """Markup that is wrong would end the node: any server could."""
+    node = Node(lora[1], told=console().print)
+    assert "[/x]" in refused(node.answer(b'{"kind": "[/x]"}', b"")).reason
+    assert "refused: message: '[/x]' was not expected\n" in capsys.readouterr().out
 
 
 def test_text_that_cannot_be_written_is_answered(lora):

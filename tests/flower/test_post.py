@@ -147,8 +147,12 @@ def test_what_nobody_asked_for_is_put_away(link):
     link.PullMessages = lambda request: PullAppMessagesResponse(
         messages_list=[bare, link.announced[asked][0]], message_object_trees=[tree, link.announced[asked][1]]
     )
-    assert [reply.header for reply in FlowerPost(link).collect([asked])] == [b"good"]
+    told = []
+    carrier = FlowerPost(link, told=told.append)
+    assert [reply.header for reply in carrier.collect([asked])] == [b"good"]
     assert ids[0] in link.confirmed
+    carrier.collect(["another"])
+    assert told == [f"node {bare.metadata.src_node_id}: a message that nobody asked for; it is put away"]
 
 
 def test_what_is_given_up_is_forgotten(link):

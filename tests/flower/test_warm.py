@@ -362,7 +362,9 @@ def test_a_runs_configuration_that_cannot_be_is_a_line(tmp_path):
     usual = {"wait": 0.0, "deadline": 3600.0, "short": "wait", "ask-again": 60}
     patience = patience_of(usual)
     assert patience.start is None and patience.round == 3600 and patience.ask_again == 60
-    for change in ({"wait": -1.0}, {"deadline": float("nan")}, {"short": "now"}, {"ask-again": True}):
+    assert patience.nodes is None and patience_of({**usual, "min-nodes": 2}).nodes == 2
+    wrong = ({"wait": -1.0}, {"deadline": float("nan")}, {"short": "now"}, {"ask-again": True})
+    for change in (*wrong, {"min-nodes": "two"}):
         with pytest.raises(FederaError, match=next(iter(change))):
             patience_of({**usual, **change})
     (tmp_path / "r.yaml").write_text("rounds: 1\n")

@@ -31,7 +31,8 @@ def certs(
     """Make a CA, the server's certificate and a key for every node of a first federation."""
     from federa.flower.certs import make_certificates
 
-    make_certificates(to, host or [], nodes, days)
+    for number in make_certificates(to, host or [], nodes, days):
+        print(f"node-{number} stays out: its key was taken from {to / 'server' / 'nodes'}")
     print(f"server: {to / 'server'} (federa serve --certs); each node: its own of {to / 'nodes'}")
 
 
@@ -86,7 +87,11 @@ def serve(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in --out.")] = False,
     wait: Annotated[
         Optional[float],  # noqa: UP045
-        typer.Option(help="Seconds for all nodes to join at the start; default: for ever."),
+        typer.Option(help="Seconds for nodes to join at the start; default: for ever."),
+    ] = None,
+    min_nodes: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="How many must have joined for a start; default: all. Others may come later."),
     ] = None,
     deadline: Annotated[float, typer.Option(help="Seconds for the updates of a round.")] = 3600.0,
     short: Annotated[
@@ -98,7 +103,7 @@ def serve(
     """Run a recipe on the nodes that join: the server's one command."""
     from federa import progress
     from federa.config import load_config
-    from federa.flower.federation import Patience
+    from federa.flower.federation import Patience, seconds
     from federa.flower.serve import Address
     from federa.flower.serve import serve as start
     from federa.run import Observer
@@ -107,6 +112,13 @@ def serve(
         raise FederaError("give --certs DIR (see: federa certs), or --insecure to try it on this machine")
     if short not in ("wait", "fail"):
         raise FederaError(f"--short {short}: expected wait or fail")
+    patience = Patience(
+        None if wait is None else seconds("--wait", wait),
+        seconds("--deadline", deadline),
+        seconds("--ask-again", ask_again),
+        short,
+        nodes=min_nodes,
+    )
     recipe, overrides = split_words(arguments or [])
     config = load_config(recipe, overrides)
     console = progress.console()
@@ -118,7 +130,7 @@ def serve(
             out,
             Address(host, port, certificates),
             clients=clients,
-            patience=Patience(wait, deadline, ask_again, short),
+            patience=patience,
             resume=resume,
             observer=Observer() if quiet else bar,
             told=(lambda line: None) if quiet else lambda line: console.print(line, highlight=False),

@@ -158,7 +158,7 @@ def read_table(path: str, what: str) -> Any:
     """
     file = Path(path).expanduser()
     if not file.is_file():
-        raise FederaError(f"{what}: {path} does not exist")
+        raise FederaError(f"{what}: {path} does not exist; give {what}=FILE")
     kind = _kind(file, what)
     if kind != "parquet" and file.suffix.lower() != ".gz":
         require_utf8(file, what)

@@ -34,7 +34,8 @@ recipe = ""        # the recipe, a whole path on the SuperLink's machine
 out = ""           # the run directory, likewise
 clients = 0        # how many nodes there are
 resume = false     # go on from the checkpoint in out
-wait = 0.0         # seconds for all nodes to join at the start; 0: for ever
+min-nodes = 0      # how many must have joined for a start; 0: all
+wait = 0.0         # seconds for them to join at the start; 0: for ever
 deadline = 3600.0  # seconds for the updates of a round
 short = "wait"     # with fewer updates than min_success by then: wait or fail
 ask-again = 60.0   # seconds until a silent node is asked again
@@ -46,11 +47,14 @@ def write_app(folder: Path) -> None:
     """Write the app's folder.
 
     Raises:
-        FederaError: there is another one.
+        FederaError: there is another one, or the folder cannot be written.
     """
     for name, text in APP.items():
         path = folder / name
-        if path.exists() and path.read_text(encoding="utf-8") != text:
-            raise FederaError(f"{path} is there already, and another's; give a folder of its own")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        try:
+            if path.exists() and path.read_text(encoding="utf-8") != text:
+                raise FederaError(f"{path} is there already, and another's; give a folder of its own")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise FederaError(f"{folder}: cannot be written ({error.strerror or error})") from error

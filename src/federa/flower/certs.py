@@ -22,7 +22,7 @@ from federa.errors import FederaError
 
 try:
     from cryptography import x509
-    from cryptography.exceptions import InvalidSignature
+    from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
     from cryptography.x509.oid import NameOID
@@ -33,8 +33,11 @@ DAYS = 365
 _PUBLIC = re.compile(r"node-(\d+)\.pub")
 
 
-def make_certificates(folder: Path, hosts: Sequence[str], nodes: int, days: int = DAYS) -> None:
+def make_certificates(folder: Path, hosts: Sequence[str], nodes: int, days: int = DAYS) -> list[int]:
     """Write what a federation needs; nodes that are there already keep their keys.
+
+    A node whose public key was taken from the server's folder stays out: to give its number to a new key,
+    delete its own folder as well.
 
     Args:
         folder: where to; a CA that is there already is used.
@@ -42,16 +45,29 @@ def make_certificates(folder: Path, hosts: Sequence[str], nodes: int, days: int 
         nodes: how many there are, numbered from 0.
         days: for which the server's certificate is valid.
 
+    Returns:
+        The nodes that stay out.
+
     Raises:
-        FederaError: a host that is no name or address.
+        FederaError: a host that is no name or address, too many days, a CA that cannot be used, or a folder
+            that cannot be written.
     """
     known = list(dict.fromkeys([*hosts, "localhost", "127.0.0.1"]))
     names = [_general_name(host) for host in known]
+    try:
+        return _make(folder, known, names, nodes, days)
+    except OSError as error:
+        raise FederaError(f"{folder}: cannot be written ({error.strerror or error})") from error
+
+
+def _make(
+    folder: Path, hosts: Sequence[str], names: Sequence[x509.GeneralName], nodes: int, days: int
+) -> list[int]:
     folder.mkdir(parents=True, exist_ok=True)
     ca_key, ca = _authority(folder)
     key = ec.generate_private_key(ec.SECP256R1())
     certificate = (
-        _builder(known[0], ca.subject, days)
+        _builder(hosts[0], ca.subject, days)
         .public_key(key.public_key())
         .add_extension(x509.SubjectAlternativeName(names), critical=False)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
@@ -65,12 +81,16 @@ def make_certificates(folder: Path, hosts: Sequence[str], nodes: int, days: int 
     _write(server / "server.key", _pem(key), secret=True)
     shutil.copyfile(folder / "ca.crt", server / "ca.crt")
     (server / "nodes").mkdir(exist_ok=True)
+    out = []
     for number in range(nodes):
-        own = folder / "nodes" / f"node-{number}"
+        own, public = folder / "nodes" / f"node-{number}", server / "nodes" / f"node-{number}.pub"
         if not (own / "node.key").is_file():
             _node_key(own)
-            shutil.copyfile(own / "node.pub", server / "nodes" / f"node-{number}.pub")
+            shutil.copyfile(own / "node.pub", public)
+        elif not public.exists():
+            out.append(number)
         shutil.copyfile(folder / "ca.crt", own / "ca.crt")
+    return out
 
 
 def require_certificate(server: Path) -> None:
@@ -88,7 +108,7 @@ def require_certificate(server: Path) -> None:
         own = x509.load_pem_x509_certificate(path.read_bytes())
         ca = x509.load_pem_x509_certificate((server / "ca.crt").read_bytes())
         key = serialization.load_pem_private_key((server / "server.key").read_bytes(), None)
-    except ValueError as error:
+    except (ValueError, TypeError, OSError) as error:  # TypeError: the key has a password
         raise FederaError(f"{server}: a certificate or key that cannot be read ({error})") from error
     now = datetime.datetime.now(datetime.UTC)
     for name, one in (("server.crt", own), ("ca.crt", ca)):
@@ -119,7 +139,7 @@ def node_keys(server: Path) -> dict[int, bytes]:
             raise FederaError(f"{path}: expected a name like node-0.pub; the number is the client's")
         try:
             key = serialization.load_ssh_public_key(path.read_bytes())
-        except ValueError as error:
+        except (ValueError, OSError, UnsupportedAlgorithm) as error:
             raise FederaError(f"{path} is no public key in OpenSSH's format") from error
         if not isinstance(key, ec.EllipticCurvePublicKey):
             raise FederaError(f"{path} is no key of an elliptic curve")
@@ -133,12 +153,40 @@ def node_keys(server: Path) -> dict[int, bytes]:
     return found
 
 
+def require_node(ca: Path, key: Path) -> None:
+    """Raise unless a SuperNode can use a node's files.
+
+    Raises:
+        FederaError: one that is not there, or is something else.
+    """
+    for path in (ca, key):
+        if not path.is_file():
+            raise FederaError(f"--keys: {path} is not there; the server's owner has it")
+    try:
+        x509.load_pem_x509_certificates(ca.read_bytes())
+    except ValueError as error:
+        raise FederaError(f"--keys: {ca} is no certificate") from error
+    try:
+        private = serialization.load_ssh_private_key(key.read_bytes(), None)
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:  # TypeError: it has a password
+        raise FederaError(f"--keys: {key} is no private key in OpenSSH's format ({error})") from error
+    if not isinstance(private, ec.EllipticCurvePrivateKey):
+        raise FederaError(
+            f"--keys: {key} is no key of an elliptic curve; make one: ssh-keygen -t ecdsa -b 384"
+        )
+
+
 def _authority(folder: Path) -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate]:
     """Return the CA of a folder; make one if there is none."""
-    if (folder / "ca.key").is_file():
-        key = serialization.load_pem_private_key((folder / "ca.key").read_bytes(), None)
-        assert isinstance(key, ec.EllipticCurvePrivateKey)
-        return key, x509.load_pem_x509_certificate((folder / "ca.crt").read_bytes())
+    if (folder / "ca.key").exists():
+        try:
+            own = serialization.load_pem_private_key((folder / "ca.key").read_bytes(), None)
+            ca = x509.load_pem_x509_certificate((folder / "ca.crt").read_bytes())
+        except (ValueError, TypeError, OSError, UnsupportedAlgorithm) as error:
+            raise FederaError(f"{folder}: a CA (ca.key, ca.crt) that cannot be read ({error})") from error
+        if not isinstance(own, ec.EllipticCurvePrivateKey) or own.public_key() != ca.public_key():
+            raise FederaError(f"{folder}: ca.key is not the key of ca.crt, or not of an elliptic curve")
+        return own, ca
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "federa CA")])
     certificate = (
@@ -163,13 +211,17 @@ def _usage() -> x509.KeyUsage:
 
 def _builder(name: str, issuer: x509.Name, days: int) -> x509.CertificateBuilder:
     now = datetime.datetime.now(datetime.UTC)
+    try:
+        until = now + datetime.timedelta(days=days)
+    except OverflowError as error:
+        raise FederaError(f"--days {days}: a certificate cannot be valid for so long") from error
     return (
         x509.CertificateBuilder()
         .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]))
         .issuer_name(issuer)
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - datetime.timedelta(hours=1))  # clocks differ
-        .not_valid_after(now + datetime.timedelta(days=days))
+        .not_valid_after(until)
     )
 
 

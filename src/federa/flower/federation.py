@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from federa.data.groups import UNKNOWN, Groups
 from federa.experiment import Experiment, KeptStates, encoded, load_model, prepare
 from federa.flower.messages import (
     PROTOCOL,
+    SLACK_BYTES,
     VERSION,
     Hello,
     Here,
@@ -27,7 +29,7 @@ from federa.flower.messages import (
     pack,
     unpack,
 )
-from federa.flower.session import SLACK_BYTES, NodeSession
+from federa.flower.session import NodeSession
 from federa.models import require_base
 from federa.run import Place
 from federa.types import FederaError, State
@@ -48,10 +50,6 @@ class Reply:
     header: bytes = b""
     tensors: bytes = b""
     error: str = ""
-
-
-class MismatchError(FederaError):
-    """A node's recipe, model or data are not those of the run."""
 
 
 class Post(Protocol):
@@ -78,10 +76,11 @@ class Post(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """How long a server waits.
+    """How long a server waits, and for whom.
 
     Attributes:
-        start: seconds for all nodes to join at the start; None without end.
+        start: seconds for nodes to join at the start; None without end.
+        nodes: how many must have joined by then; None for all. Who comes later takes part from then on.
         round: seconds for the updates of a round.
         ask_again: seconds after which a node that may have lost a job is asked again; it answers from memory
             if it has not.
@@ -94,6 +93,18 @@ class Patience:
     ask_again: float = 60.0
     short: str = "wait"
     poll: float = 0.5
+    nodes: int | None = None
+
+
+def seconds(key: str, said: object) -> float:
+    """Return how long to wait, as somebody has said it.
+
+    Raises:
+        FederaError: it is no number of seconds.
+    """
+    if not isinstance(said, (int, float)) or isinstance(said, bool) or not 0 <= said < math.inf:
+        raise FederaError(f"{key}: {said!r} is no number of seconds")
+    return float(said)
 
 
 PATIENT = Patience()
@@ -149,12 +160,19 @@ class Federation(Place):
         self.assigned = seats is not None
         self.hello: Hello | None = None
 
+    @property
+    def enough(self) -> int:
+        """How many nodes must have joined for the rounds to begin."""
+        return self.clients if self.patience.nodes is None else self.patience.nodes
+
     def build(
         self, config: RunConfig, init: State | None, kept: Path | None, base: str | None, cache: Path | None
     ) -> Experiment:
         """Load the model and the evaluation set, and wait for the nodes."""
         if config.cohort > self.clients:
             raise FederaError(f"cohort: {config.cohort} clients a round, but there are {self.clients} nodes")
+        if not 1 <= self.enough <= self.clients:
+            raise FederaError(f"min-nodes: {self.enough}, but there are {self.clients} nodes")
         if config.method.head == "local":
             raise FederaError(
                 "method.head=local: only the clients could measure their heads, which is not built"
@@ -205,10 +223,11 @@ class Federation(Place):
         )
 
     def _gather(self) -> list[int]:
-        """Greet nodes until every client has answered, and return their rows.
+        """Greet nodes until enough clients have answered, and return their rows; 0 for one that is to come.
+
+        Whoever cannot take part is left out, and asked again in a while: its owner may put things right.
 
         Raises:
-            MismatchError: a node's recipe, model or data do not fit.
             FederaError: the time is over.
         """
         end = None if self.patience.start is None else time.monotonic() + self.patience.start
@@ -234,12 +253,14 @@ class Federation(Place):
                 if (node, wrong) not in lost:  # told once
                     self.told(f"node {node}: {wrong}; it is asked again")
                     lost.add((node, wrong))
-            held = [client for client, seat in self.seats.items() if seat.rows is not None]
-            if len(held) == self.clients:
-                return [self.seats[client].rows or 0 for client in range(self.clients)]
-            missing = sorted(set(range(self.clients)) - set(held))
-            words = f"waiting for {len(missing)} of {self.clients} nodes"
-            words += f": {', '.join(map(str, missing[:10]))}" if self.assigned else ""
+            rows = {client: seat.rows for client, seat in self.seats.items() if seat.rows is not None}
+            missing = sorted(set(range(self.clients)) - set(rows))
+            names = f": {', '.join(map(str, missing[:10]))}" if self.assigned and missing else ""
+            if len(rows) >= self.enough:
+                if missing:
+                    self.told(f"begun without {len(missing)} of {self.clients} nodes{names}")
+                return [rows.get(client, 0) for client in range(self.clients)]
+            words = f"waiting for {len(missing)} of {self.clients} nodes{names}"
             if words != said:
                 self.told(words)
                 said = words
@@ -250,15 +271,9 @@ class Federation(Place):
             time.sleep(self.patience.poll)
 
     def _seated(self, node: int, reply: Reply) -> str:
-        """Take a node's answer in, and return what is wrong with it; nothing, if all is well.
-
-        Raises:
-            MismatchError: it fits, but the node does not.
-        """
+        """Take a node's answer in, and return what is wrong with it; nothing, if all is well."""
         try:
             self.seat(node, reply)
-        except MismatchError:
-            raise
         except FederaError as error:
             return str(error)
         return ""
@@ -272,28 +287,25 @@ class Federation(Place):
         """Take a node's answer to `Hello` in.
 
         Raises:
-            MismatchError: it cannot take part.
-            FederaError: it is no answer, or another node has taken the client's part.
+            FederaError: it cannot take part, it is no answer, or another node has taken the client's part.
         """
         said, _ = unpack(reply.header, reply.tensors, Here, Refused)
         client = next((c for c, seat in self.seats.items() if seat.node == node), None)
         if isinstance(said, Refused):
             who = f"node {node}" if client is None else f"client {client}"
-            raise MismatchError(f"{who} cannot take part: {line(said.reason)}")
+            raise FederaError(f"{who} cannot take part: {line(said.reason)}")
         if not self.assigned:
             client = said.client
             if client is None or not 0 <= client < self.clients:
-                raise MismatchError(
-                    f"node {node} says that it is client {client}, of 0 to {self.clients - 1}"
-                )
+                raise FederaError(f"node {node} says that it is client {client}, of 0 to {self.clients - 1}")
         assert client is not None
         held = self.seats.get(client)
         if held is not None and held.node != node and held.node in self.post.online():
             raise FederaError(f"nodes {held.node} and {node} both say that they are client {client}")
         if held is not None and held.rows is not None and held.rows != said.rows:
-            raise MismatchError(f"client {client} had {held.rows} rows before, and now {said.rows}")
-        if self._rows is not None and said.rows != self._rows[client]:
-            raise MismatchError(f"client {client} had {self._rows[client]} rows before, and now {said.rows}")
+            raise FederaError(f"client {client} had {held.rows} rows before, and now {said.rows}")
+        if self._rows is not None and self._rows[client] not in (0, said.rows):  # 0: it had not come yet
+            raise FederaError(f"client {client} had {self._rows[client]} rows before, and now {said.rows}")
         self.seats[client] = Seat(node, said.rows, ready=True)
 
     @contextmanager

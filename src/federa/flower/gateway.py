@@ -12,6 +12,8 @@ import argparse
 import asyncio
 import base64
 import ssl
+import time
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Collection, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, nullcontext
 from pathlib import Path
@@ -31,6 +33,8 @@ NODES = "/v1/fleet"
 REFUSED = "refused"  # how a line about a caller begins
 MOST_REFUSALS = 100  # that are told; strangers can make as many as they like
 KEY = "flwr-public-key"  # the header in which a node says its own
+STAMP = "flwr-timestamp"  # and that which it signs: when it asks
+REMEMBERED = 400.0  # seconds; the SuperLink takes what was signed up to 305 seconds ago, or 5 ahead
 SMALL = 1 << 16  # bytes of a request that is read before it is handed on: nearly all are
 AT_ONCE = (
     4  # small requests at the SuperLink, which works at one at a time: the server's own wait behind these
@@ -106,6 +110,26 @@ def _key(request: Request) -> bytes:
         return b""
 
 
+class Once:
+    """Knows what was signed a short while ago: the SuperLink would take it again."""
+
+    def __init__(self) -> None:
+        self._seen: OrderedDict[tuple[bytes, str], float] = OrderedDict()
+
+    def take(self, key: bytes, stamp: str) -> bool:
+        """Return whether a caller has not signed this before."""
+        now = time.monotonic()
+        while self._seen and now - next(iter(self._seen.values())) > REMEMBERED:
+            self._seen.popitem(last=False)
+        new = (key, stamp) not in self._seen
+        self._seen.setdefault((key, stamp), now)
+        return new
+
+    def forget(self, key: bytes, stamp: str) -> None:
+        """Forget what was not signed by its key: whoever makes it up could fill this memory."""
+        self._seen.pop((key, stamp), None)
+
+
 def make_gateway(upstream: str, ca: Path, limit: int, keys: Collection[bytes]) -> Starlette:
     """Return the application.
 
@@ -129,7 +153,7 @@ def make_gateway(upstream: str, ca: Path, limit: int, keys: Collection[bytes]) -
                 app.state.clients[key] = await stack.enter_async_context(client)
             yield
 
-    slots = asyncio.Semaphore(AT_ONCE)
+    slots, once = asyncio.Semaphore(AT_ONCE), Once()
 
     async def ask(client: httpx.AsyncClient, request: Request, length: int) -> httpx.Response:
         headers = {name: value for name, value in request.headers.items() if name not in HOP}
@@ -140,10 +164,14 @@ def make_gateway(upstream: str, ca: Path, limit: int, keys: Collection[bytes]) -
             return await client.send(asked, stream=True)
 
     async def forward(request: Request) -> Response:
-        client: httpx.AsyncClient | None = request.app.state.clients.get(_key(request))
+        key, stamp = _key(request), request.headers.get(STAMP, "")
+        client: httpx.AsyncClient | None = request.app.state.clients.get(key)
         if client is None:
             _refused(_who(request), "it has no key of a node of this federation")
             return PlainTextResponse("no key of a node of this federation", 401)
+        if stamp and not once.take(key, stamp):
+            _refused(_who(request), "what it says was said before, with the same signature")
+            return PlainTextResponse("said before, with the same signature", 401)
         try:
             length = request.headers.get("content-length", "")
             if length and (not length.isdigit() or int(length) > limit):
@@ -155,6 +183,7 @@ def make_gateway(upstream: str, ca: Path, limit: int, keys: Collection[bytes]) -
         except httpx.HTTPError:
             return PlainTextResponse("the SuperLink is not there", 503)
         if answer.status_code in (401, 403):
+            once.forget(key, stamp)
             _refused(_who(request), "its signature is not that of its key, or too old")
         kept = {name: value for name, value in answer.headers.items() if name not in HOP_BACK}
         whole = BackgroundTask(answer.aclose)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import ssl
 import subprocess
@@ -17,6 +18,7 @@ import torch
 
 from federa.config import RunConfig
 from federa.engines.base import keep_freed_memory, share_cores
+from federa.flower.certs import require_node
 from federa.flower.node import Node
 from federa.flower.runtime import (
     SUPERNODE,
@@ -29,6 +31,7 @@ from federa.flower.runtime import (
     write_secret,
 )
 from federa.flower.serve import LOOPBACK, end
+from federa.models import pick_device
 from federa.types import FederaError
 
 MEANINGS = {  # of what a SuperNode writes at its end, the first for a 401
@@ -57,19 +60,21 @@ class Server:
         """Return what a SuperNode must be told.
 
         Raises:
-            FederaError: a file that is not there, or no TLS to another machine.
+            FederaError: no such address, a file that is not there or is something else, or no TLS to another
+                machine.
         """
-        host = self.address.rpartition(":")[0]
-        if not host:
+        host, _, port = self.address.rpartition(":")
+        known = re.fullmatch(r"[\w.-]+|\[[\w:.%]+\]", host) is not None
+        if not known or not port.isdecimal() or not 0 < int(port) < 1 << 16:
             raise FederaError(f"SERVER: expected host:port, got {self.address!r}")
         words = ["--superlink", self.address]
         if self.ca is None:
             if host not in LOOPBACK:
                 raise FederaError(f"--insecure is for this machine only, not for {self.address}")
             return [*words, "--insecure"]
-        for option, path in (("--ca", self.ca), ("--key", self.key)):
-            if path is None or not path.is_file():
-                raise FederaError(f"{option}: {path or 'the file'} is not there; the server's owner has it")
+        if self.key is None:
+            raise FederaError("--keys: the node's private key is needed beside ca.crt")
+        require_node(self.ca, self.key)
         return [*words, "--root-certificates", str(self.ca), "--auth-supernode-private-key", str(self.key)]
 
     def trouble(self) -> str | None:
@@ -109,6 +114,11 @@ def join(
     """
     require_flower()
     words = server.arguments()
+    pick_device(config.device)
+    if client is not None and client < 0:
+        raise FederaError(f"--client {client}: clients are numbered from 0")
+    if state is not None and state.exists() and not state.is_dir():
+        raise FederaError(f"--state: {state} is no folder")
     node = Node(config, client, state, told)
     torch.set_num_threads(share_cores(1, config.engine.threads))
     keep_freed_memory()

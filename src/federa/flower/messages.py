@@ -22,6 +22,7 @@ from federa.types import FederaError, State
 PROTOCOL = 1  # of these messages; both sides must speak the same
 VERSION = importlib.metadata.version("federa")
 HEADER_BYTES = 1 << 20  # no header is longer
+SLACK_BYTES = 1 << 16  # of names and shapes, beside the tensors themselves
 MAX_ROWS = 10_000_000  # of one client
 
 
@@ -159,13 +160,25 @@ def unpack(
         if cls is not one and cls is not other:
             raise FederaError(f"message: {line(repr(kind), 40)} was not expected")
         said = one.model_validate(raw) if cls is one else other.model_validate(raw)
-        return said, load(tensors) if tensors else {}
+        return said, unpack_tensors(tensors)
     except FederaError:
         raise
     except ValidationError as error:
         first = error.errors()[0]
         where = line(".".join(map(str, first["loc"])), 40)
         raise FederaError(f"message: {where}: {first['msg']}") from error
+    except Exception as error:  # whatever a stranger's bytes do to those who read them
+        raise FederaError(f"message: damaged ({type(error).__name__})") from error
+
+
+def unpack_tensors(tensors: bytes) -> dict[str, Tensor]:
+    """Return the tensors of a message.
+
+    Raises:
+        FederaError: they are damaged.
+    """
+    try:
+        return load(tensors) if tensors else {}
     except Exception as error:  # whatever a stranger's bytes do to those who read them
         raise FederaError(f"message: damaged ({type(error).__name__})") from error
 

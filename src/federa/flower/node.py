@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from federa.experiment import KeptStates, encoded, load_model, prepare, remainde
 from federa.flower.messages import (
     INIT,
     PROTOCOL,
+    SLACK_BYTES,
     VERSION,
     Hello,
     Here,
@@ -33,8 +35,10 @@ from federa.flower.messages import (
     line,
     pack,
     unpack,
+    unpack_tensors,
 )
 from federa.models import Pretrained, require_base
+from federa.state import num_parameters
 from federa.types import FederaError, Job
 from federa.wires import encode_update
 
@@ -75,8 +79,8 @@ class Node:
     def answer(self, header: bytes, tensors: bytes) -> Answer:
         """Return the answer to a message; whatever is wrong, there is one."""
         try:
-            said, state = unpack(header, tensors, Hello, Train)
-            return self._greet(said) if isinstance(said, Hello) else self._train(said, state)
+            said, _ = unpack(header, b"", Hello, Train)
+            return self._greet(said) if isinstance(said, Hello) else self._train(said, tensors)
         except FederaError as error:
             self._told(f"refused: {error}")
             # A row's content may be in the words of a mistake: the owner's to read, not the server's.
@@ -105,7 +109,7 @@ class Node:
         self._told(f"joined run {said.run}: {len(self._data)} rows")
         return pack(Here(client=self._client, rows=len(self._data)))
 
-    def _train(self, said: Train, tensors: dict[str, Tensor]) -> Answer:
+    def _train(self, said: Train, packed: bytes) -> Answer:
         if self._hello is None or self._hello.run != said.run:
             return pack(Refused(reason="no hello of this run yet", wants="hello"))
         if self._last is not None:
@@ -114,6 +118,10 @@ class Node:
                 return answer  # the server did not get it
             if said.round <= before.round:
                 raise FederaError(f"round {said.round} is over: this node has answered round {before.round}")
+        most = self._longest()
+        if len(packed) > most:
+            raise FederaError(f"state: {len(packed)} bytes, more than {most}")
+        tensors = unpack_tensors(packed)
         for name, tensor in tensors.items():
             if not bool(tensor.isfinite().all()):
                 raise FederaError(f"state: {line(repr(name))} holds NaN or Inf")
@@ -132,8 +140,7 @@ class Node:
         job = Job(said.round, said.client, said.seed, said.lr)
         update, keeps = trainer.train(params, data, np.arange(len(data)), job, kept.load(job))
         kept.save(job, keeps)
-        if self._config.privacy is not None:  # the server's word for it is not needed
-            update = self._config.privacy.clipped(update)
+        sent = encode_update(self._config.wire, update, rounded, self._config.privacy)
         done = Trained(
             run=said.run,
             round=said.round,
@@ -142,9 +149,17 @@ class Node:
             weight=update.weight,
             metrics=dict(update.metrics),
         )
-        self._last = (said, pack(done, encode_update(self._config.wire, update, rounded)))
+        self._last = (said, pack(done, sent))
         self._told(f"round {said.round}: loss {update.metrics['loss']:.4f}")
         return self._last[1]
+
+    def _longest(self) -> int:
+        """Return the bytes that a state and a round-0 state may have; no more are looked at."""
+        if self._trainer is not None:
+            numbers: int = sum(math.prod(shape) for shape in self._trainer.flat.shapes.values())
+        else:  # not known before the method has prepared the model; factors may be twice their matrix
+            numbers = 2 * num_parameters(self._loaded.model.parameters()) if self._loaded else 0
+        return 2 * 4 * numbers + SLACK_BYTES
 
     def _prepare(self, run: str, start: dict[str, Tensor]) -> None:
         loaded, self._loaded = self._loaded, None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from federa import progress
 from federa.config import load_config
 from federa.errors import FederaError
-from federa.flower.federation import Patience
+from federa.flower.federation import Patience, seconds
 from federa.flower.ledger import federate, look_up
 from federa.flower.post import FlowerPost
 from federa.run import Result
@@ -37,7 +36,7 @@ def serve_on(grid: Any, said: Mapping[str, Any]) -> Result:
 
     run = look_up(out, clients or None, resume=resume)
     told(f"run {run.name}")
-    post, patience, bar = FlowerPost(grid), patience_of(said), progress.Bar(console)
+    post, patience, bar = FlowerPost(grid, told=told), patience_of(said), progress.Bar(console)
     result = federate(config, out, post, run, patience=patience, resume=resume, observer=bar, told=told)
     console.print(progress.result_table(result))
     told(f"run directory: {out}")
@@ -53,15 +52,11 @@ def patience_of(said: Mapping[str, Any]) -> Patience:
     short = said.get("short")
     if short not in ("wait", "fail"):
         raise FederaError(f"short: {short!r}; expected wait or fail")
-    wait, deadline, ask_again = (_seconds(said, key) for key in ("wait", "deadline", "ask-again"))
-    return Patience(wait or None, deadline, ask_again, short)
-
-
-def _seconds(said: Mapping[str, Any], key: str) -> float:
-    value = said.get(key)
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < math.inf:
-        raise FederaError(f"{key}: {value!r} is no number of seconds")
-    return float(value)
+    wait, deadline, ask_again = (seconds(key, said.get(key)) for key in ("wait", "deadline", "ask-again"))
+    nodes = said.get("min-nodes") or None
+    if not isinstance(nodes, (int, type(None))):
+        raise FederaError(f"min-nodes: {nodes!r} is no number")
+    return Patience(wait or None, deadline, ask_again, short, nodes=nodes)
 
 
 def _path(said: Mapping[str, Any], key: str) -> Path:

@@ -51,10 +51,17 @@ class FlowerPost:
     Args:
         grid: Flower's.
         watch: is called now and then, and raises where what the nodes need is gone.
+        told: is given a line about what is put away, once a node.
     """
 
-    def __init__(self, grid: Any, watch: Callable[[], None] = lambda: None) -> None:
-        self._grid, self._watch = grid, watch
+    def __init__(
+        self,
+        grid: Any,
+        watch: Callable[[], None] = lambda: None,
+        told: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self._grid, self._watch, self._told = grid, watch, told
+        self._strangers: set[int] = set()
         self._arriving: dict[str, _Arriving] = {}
         self.longest = 0
 
@@ -105,6 +112,11 @@ class FlowerPost:
             metadata = message.metadata
             if metadata.reply_to_message_id not in tickets:  # Flower hands on whatever a node addresses to us
                 self._confirm(metadata.message_id)
+                if metadata.src_node_id not in self._strangers:
+                    self._strangers.add(metadata.src_node_id)
+                    self._told(
+                        f"node {metadata.src_node_id}: a message that nobody asked for; it is put away"
+                    )
                 continue
             missing = [one.object_id for one in iterate_object_tree(tree)]
             arriving = _Arriving(metadata.message_id, metadata.run_id, missing)

@@ -136,8 +136,10 @@ def require_free(host: str, port: int) -> None:
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
-    except OSError as error:
-        raise FederaError(f"--host {host} --port {port}: {error.strerror or error}") from error
+    except (OSError, OverflowError) as error:
+        raise FederaError(
+            f"--host {host} --port {port}: {getattr(error, 'strerror', None) or error}"
+        ) from error
 
 
 def write_secret(folder: Path) -> tuple[Path, bytes]:
@@ -237,7 +239,9 @@ def _alive(client: Any) -> Iterator[None]:
 
 
 @contextmanager
-def server_task(link: Link, seconds: float = 60.0) -> Iterator[FlowerPost]:
+def server_task(
+    link: Link, told: Callable[[str], None] = lambda line: None, seconds: float = 60.0
+) -> Iterator[FlowerPost]:
     """Take the server's task of a run that was started, and carry its messages.
 
     Raises:
@@ -263,7 +267,7 @@ def server_task(link: Link, seconds: float = 60.0) -> Iterator[FlowerPost]:
         TaskIdentity.node_id = task.context.node_id
         grid.set_run(run_from_proto(task.run))
         try:
-            yield FlowerPost(grid, link.watch)
+            yield FlowerPost(grid, link.watch, told)
             status = "completed"
         except httpx.HTTPError as error:
             status = ""  # there is nobody to tell

@@ -87,7 +87,11 @@ def serve(
         raise FederaError(f"--clients {clients}: {address.certs}/nodes has {len(keys)} keys; leave it out")
     if keys and not known.rows and sorted(keys) != list(range(number)):
         lacks = min(set(range(max(keys) + 1)) - set(keys))
-        raise FederaError(f"{address.certs}/nodes has keys up to node-{max(keys)}, but none of node-{lacks}")
+        raise FederaError(
+            f"{address.certs}/nodes has keys up to node-{max(keys)}, but none of node-{lacks}; for a new run "
+            f"let the last take its number (mv node-{max(keys)}.pub node-{lacks}.pub), or make another key: "
+            "federa certs"
+        )
     read_held_out(config.data, config.task)  # a mistake in it is found before anybody can join
     with ExitStack() as stack:
         home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="federa-")))
@@ -95,7 +99,7 @@ def serve(
         control = Control(link)
         seats = {client: control.register(key, f"node-{client}") for client, key in keys.items()}
         control.start_run()
-        post: FlowerPost = stack.enter_context(server_task(link))
+        post: FlowerPost = stack.enter_context(server_task(link, told))
         told(f"listening at {address.host}:{address.port}, run {known.name}")
         return federate(
             config,

@@ -10,14 +10,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from federa.experiment import Experiment
-from federa.flower.messages import INIT, Refused, Train, Trained, line, pack, unpack
+from federa.flower.messages import INIT, SLACK_BYTES, Refused, Train, Trained, line, pack, unpack
 from federa.server import OK, verdict
 from federa.types import Absence, FederaError, FloatArray, IntArray, Job, State, Update
 
 if TYPE_CHECKING:
     from federa.flower.federation import Federation, Reply, Seat
-
-SLACK_BYTES = 1 << 16  # of names and shapes, beside the tensors of an update
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +32,18 @@ class _Asked:
     client: int | None
     sent: float
 
+    @property
+    def who(self) -> str:
+        """Who is asked, in words."""
+        return f"node {self.node}" if self.client is None else f"client {self.client}"
+
 
 @dataclass(slots=True)
 class _Round:
     """What is still owed in a round.
 
     Attributes:
+        number: of the round.
         params: the state that is sent.
         open: jobs without an answer, by client.
         asked: messages on their way, by ticket.
@@ -49,6 +53,7 @@ class _Round:
         needed: how many must count.
     """
 
+    number: int
     params: State
     needed: int
     open: dict[int, Job]
@@ -63,7 +68,8 @@ class NodeSession:
 
     def __init__(self, federation: Federation, experiment: Experiment) -> None:
         self._federation, self._experiment = federation, experiment
-        self._late: dict[str, float] = {}  # messages of rounds that are over: when they are given up
+        self._late: dict[str, tuple[str, float]] = {}  # of rounds that are over: whose, and when given up
+        self._said: set[str] = set()
 
     def predict(
         self, params: State, batches: Sequence[IntArray], job: Job | None = None
@@ -75,7 +81,7 @@ class NodeSession:
         """Yield the updates that come in time, in the order of the jobs, and why the others did not."""
         patience, config = self._federation.patience, self._experiment.config
         needed = max(1, math.ceil(config.min_success * len(jobs)))
-        work = _Round(params, needed, {job.client_id: job for job in jobs})
+        work = _Round(jobs[0].round, params, needed, {job.client_id: job for job in jobs})
         if self._federation.assigned:
             for client in work.open.keys() - self._federation.seats.keys():
                 work.answers[client] = Absence(work.open.pop(client), "it has no key here")
@@ -91,7 +97,8 @@ class NodeSession:
                 break
             if work.open:
                 time.sleep(patience.poll)
-        self._late |= {ticket: one.sent + patience.round for ticket, one in work.asked.items()}
+        for ticket, one in work.asked.items():
+            self._late[ticket] = (f"round {work.number}: {one.who}", one.sent + patience.round)
         for job in queue:
             yield work.answers.get(job.client_id) or Absence(job, "no answer by the end of the round")
 
@@ -128,20 +135,30 @@ class NodeSession:
     def _take(self, work: _Round) -> None:
         """Take what has come."""
         post, now = self._federation.post, time.monotonic()
-        for ticket in [ticket for ticket, end in self._late.items() if end < now]:
+        for ticket in [ticket for ticket, (_, end) in self._late.items() if end < now]:
             post.forget(ticket)  # a SuperLink keeps what nobody takes
             del self._late[ticket]
         for reply in post.collect([*work.asked, *self._late]):
-            if self._late.pop(reply.ticket, None) is not None:  # of no use, but out of the way now
+            if reply.ticket in self._late:  # of no use, but out of the way now
+                whose, _ = self._late.pop(reply.ticket)
+                self._say_once(f"{whose}: an answer came after the end of the round; it is put away")
                 continue
             asked = work.asked.pop(reply.ticket)
-            who = f"node {asked.node}" if asked.client is None else f"client {asked.client}"
             if reply.error:
-                self._federation.told(f"{who}: {reply.error}; it is asked again")
+                self._federation.told(f"{asked.who}: {reply.error}; it is asked again")
             elif asked.client is None:
                 self._seat(work, asked.node, reply)
             elif asked.client in work.open:
                 self._answered(work, work.open[asked.client], reply)
+            else:
+                self._say_once(
+                    f"round {work.number}: {asked.who}: it answered more than once; one answer counts"
+                )
+
+    def _say_once(self, said: str) -> None:
+        if said not in self._said:
+            self._said.add(said)
+            self._federation.told(said)
 
     def _seat(self, work: _Round, node: int, reply: Reply) -> None:
         federation = self._federation
@@ -195,5 +212,7 @@ class NodeSession:
         seat.wants_init = False
         if "loss" not in said.metrics:
             raise FederaError("an update without its loss")
+        if said.weight > (seat.rows or 0):  # of a client that joined late the run itself does not know them
+            raise FederaError(f"weight {said.weight:g} exceeds the client's {seat.rows} examples")
         read = self._experiment.config.wire.decode(delta, work.params)
         return Update(job, read, said.weight, said.metrics)
