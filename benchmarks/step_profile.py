@@ -20,7 +20,6 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from measured_run import recipe
 from torch import nn
@@ -170,17 +169,18 @@ def show_products(scratch: Path, experiment: Experiment, rows: int, repeats: int
         return
     rank = getattr(experiment.config.method, "rank", 0)
     square = torch.randn(PEAK_SIDE, PEAK_SIDE).bfloat16()
-    (peaks,) = in_turns({"": lambda: square @ square}, repeats, clock=time.thread_time).values()
-    peak = 2 * PEAK_SIDE**3 / float(np.median(peaks))
     ends = ("bias", "factors", "GELU and its slope", "dropout, norm")
-    floor = f"at {peak / 1e9:.0f} GFLOP/s, a large product's"
+    floor = f"at the pace of {PEAK_SIDE} x {PEAK_SIDE}"
     print(f"\n{head(f'ms, {rows} rows by', floor, 'tiles alone', *(f'with {e}' for e in ends), 'oneDNN')}")
     library = compile_alone(scratch)
     for (depth, width), after in sorted(found.items()):
-        ways = products(library, rows, (depth, width), after, rank)
+        ways = {floor: lambda: square @ square, **products(library, rows, (depth, width), after, rank)}
         seconds = in_turns(ways, repeats, times=20, clock=time.thread_time)
-        cells = [shown(seconds[n], 1e-3) if n in seconds else "" for n in ("tiles alone", *ends, "oneDNN")]
-        print(row(f"{depth} x {width}", f"{1e3 * 2 * rows * depth * width / peak:.2f}", *cells), flush=True)
+        share = rows * depth * width / PEAK_SIDE**3
+        seconds[floor] = [s * share for s in seconds[floor]]
+        names = (floor, "tiles alone", *ends, "oneDNN")
+        cells = [shown(seconds[name], 1e-3) if name in seconds else "" for name in names]
+        print(row(f"{depth} x {width}", *cells), flush=True)
 
 
 if __name__ == "__main__":
