@@ -111,8 +111,7 @@ class Prefix:
     def _computed(self, data: Encoded, new: dict[_Text, int]) -> dict[_Text, Tensor]:
         """Return what the frozen layers make of some rows."""
         lengths = [len(data.features["input_ids"].row(row)) for row in new.values()]
-        # Not in inference mode, as predictions are: a step may need for its backward pass what is kept.
-        with torch.inference_mode(mode=False), torch.no_grad():
+        with torch.no_grad():
             padded = self._entering(data.batch(np.array(list(new.values())), self._device, labels=False))
             # Copies, or the padding stays in memory. Where the first token alone is read, there is no other.
             parts = [states[:length].clone() for states, length in zip(padded, lengths, strict=True)]
