@@ -574,5 +574,5 @@ def test_the_gold_answers_of_squad_come_through_the_whole_pipeline(request, shar
             ]
             assert all(inside) or all(long), row
             missed[row["id"]] = golds[0] if all(inside) else None
-    assert list(missed.items()) == [item for item in MISSED.items() if item[0] in missed]
+    assert missed == {question: why for question, why in MISSED.items() if question in missed}
     assert len(missed) == lost and (None in missed.values()) == (name == "minilm")
