@@ -25,7 +25,7 @@ from federa.flower.runtime import free_port
 from federa.split import split
 from running import federa, same, steady
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 NODES = 4
 REASONS = {  # what a node that is turned away says, and what the server says
     "unknown-key": ("the server does not know this node", "it has no key of a node of this federation"),
@@ -63,7 +63,7 @@ class Started:
     def logs(self):
         return "\n".join(f"== {path.name}\n{path.read_text()[-1500:]}" for path in self.folder.glob("*.log"))
 
-    def until(self, true, seconds=180):
+    def until(self, true, seconds=300):
         end = time.monotonic() + seconds
         while not true():
             if time.monotonic() > end:
@@ -125,7 +125,7 @@ def test_a_federation_with_keys_gives_the_simulators_state_though_its_server_is_
         "--port",
         port,
     )
-    serve = (*serve, "--out", out, "--wait", 150, "--ask-again", 8)
+    serve = (*serve, "--out", out, "--wait", 300, "--ask-again", 8)
     programs.start("server", *serve)
     for name, folder in keys.items():
         table = shards / f"client-{name[-1] if name in list(keys)[:NODES] else 0}.parquet"

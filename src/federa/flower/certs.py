@@ -164,11 +164,11 @@ def require_node(ca: Path, key: Path) -> None:
             raise FederaError(f"--keys: {path} is not there; the server's owner has it")
     try:
         x509.load_pem_x509_certificates(ca.read_bytes())
-    except ValueError as error:
-        raise FederaError(f"--keys: {ca} is no certificate") from error
+    except (ValueError, OSError) as error:
+        raise FederaError(f"--keys: {ca} is no certificate ({error})") from error
     try:
         private = serialization.load_ssh_private_key(key.read_bytes(), None)
-    except (ValueError, TypeError, UnsupportedAlgorithm) as error:  # TypeError: it has a password
+    except (ValueError, TypeError, OSError, UnsupportedAlgorithm) as error:  # TypeError: it has a password
         raise FederaError(f"--keys: {key} is no private key in OpenSSH's format ({error})") from error
     if not isinstance(private, ec.EllipticCurvePrivateKey):
         raise FederaError(

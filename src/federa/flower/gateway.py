@@ -98,6 +98,18 @@ async def _body(request: Request, limit: int) -> AsyncIterator[bytes]:
         yield part
 
 
+def _length(request: Request, limit: int) -> int:
+    """Return how long a request says its body is; the limit, if it does not say.
+
+    Raises:
+        _TooLongError: longer than the limit.
+    """
+    length = request.headers.get("content-length", "")
+    if length and (not length.isdigit() or int(length) > limit):
+        raise _TooLongError
+    return int(length or limit)
+
+
 def _who(request: Request) -> str:
     return request.client.host if request.client is not None else "a caller"
 
@@ -126,7 +138,7 @@ class Once:
         return new
 
     def forget(self, key: bytes, stamp: str) -> None:
-        """Forget what was not signed by its key: whoever makes it up could fill this memory."""
+        """Forget what had no effect: whoever makes it up, and signs nothing, could fill this memory."""
         self._seen.pop((key, stamp), None)
 
 
@@ -172,18 +184,20 @@ def make_gateway(upstream: str, ca: Path, limit: int, keys: Collection[bytes]) -
         if stamp and not once.take(key, stamp):
             _refused(_who(request), "what it says was said before, with the same signature")
             return PlainTextResponse("said before, with the same signature", 401)
+        answer = await hand_on(client, request)
+        if answer.status_code != 200:
+            once.forget(key, stamp)
+        return answer
+
+    async def hand_on(client: httpx.AsyncClient, request: Request) -> Response:
         try:
-            length = request.headers.get("content-length", "")
-            if length and (not length.isdigit() or int(length) > limit):
-                raise _TooLongError
-            answer = await ask(client, request, int(length or limit))
+            answer = await ask(client, request, _length(request, limit))
         except _TooLongError:
             _refused(_who(request), f"a request longer than {limit} bytes")
             return PlainTextResponse(f"longer than {limit} bytes", 413)
         except httpx.HTTPError:
             return PlainTextResponse("the SuperLink is not there", 503)
         if answer.status_code in (401, 403):
-            once.forget(key, stamp)
             _refused(_who(request), "its signature is not that of its key, or too old")
         kept = {name: value for name, value in answer.headers.items() if name not in HOP_BACK}
         whole = BackgroundTask(answer.aclose)
