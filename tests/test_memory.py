@@ -106,6 +106,7 @@ def test_a_thousand_clients_need_no_more_memory_than_ten(recipe, large, train_cs
 WORKERS = """
 import multiprocessing, os, sys
 from pathlib import Path
+import torch
 from federa.config import parse_config, read_yaml
 from federa.engines.processes import Processes, ProcessesSession
 from federa.experiment import build_experiment
@@ -128,6 +129,7 @@ experiment = build_experiment(parse_config(read_yaml(Path(sys.argv[1]))))
 model, serve = experiment.trainer.model, ProcessesSession._serve
 
 def copying(self, pipe):  # what must not be: a backbone of its own in each worker
+    torch.set_num_threads(1)  # before the first copy: a pool of threads does not survive a fork
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
     serve(self, pipe)

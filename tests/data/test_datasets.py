@@ -143,11 +143,19 @@ def refused(message, **fields):
 
 def test_files_that_are_not_there(tmp_path):
     there = write(tmp_path / "rows.csv")
-    refused(r"^data\.train: nowhere\.csv does not exist$", train="nowhere.csv")
+    refused(r"^data\.train: nowhere\.csv does not exist; give data\.train=FILE$", train="nowhere.csv")
     refused(r"^data\.train: \./nowhere does not exist$", train="./nowhere")
     refused(r"^data\.train: .*nowhere does not exist$", train=tmp_path / "nowhere")
-    refused(r"^data\.test: .*nowhere\.csv does not exist$", train=there, test=tmp_path / "nowhere.csv")
-    refused(r"^data\.validation: .* does not exist$", train=there, validation=tmp_path / "nowhere.csv")
+    refused(
+        r"^data\.test: .*nowhere\.csv does not exist; give data\.test=FILE$",
+        train=there,
+        test=tmp_path / "nowhere.csv",
+    )
+    refused(
+        r"^data\.validation: .* does not exist; give data\.validation=FILE$",
+        train=there,
+        validation=tmp_path / "nowhere.csv",
+    )
     refused(
         r"has no train\.parquet, \.csv, \.tsv or \.jsonl",
         train=(tmp_path / "empty").mkdir() or tmp_path / "empty",
