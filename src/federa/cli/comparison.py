@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -13,6 +14,7 @@ from federa.errors import FederaError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from federa.clock import Device
     from federa.compare import Comparison
 
 Methods = Annotated[Optional[str], typer.Option(help="Methods, with commas.")]  # noqa: UP045
@@ -119,8 +121,6 @@ def time_to_target(
     reference: Annotated[str, typer.Option(help="Of whose best the targets are shares.")] = "ft",
 ) -> None:
     """Show how long methods take to a target on other machines and links, of finished runs or of new ones."""
-    from rich.table import Table
-
     from federa import clock, progress
 
     if device is not None and device not in clock.DEVICES:
@@ -164,6 +164,16 @@ def time_to_target(
     replays = clock.replay_comparison(folder, client, measure=measure)
     rows = clock.time_to_targets(replays, reference=reference)
     clock.write_rows(folder, rows)
+    _show_times(client, rows, reference, console)
+    console.print(f"written: {folder}/time_to_target.csv, .md", highlight=False)
+
+
+def _show_times(client: Device, rows: Sequence[dict[str, Any]], reference: str, console: Console) -> None:
+    """Print the client that is assumed, and a table a setting."""
+    from rich.table import Table
+
+    from federa import clock
+
     words = f"{client.up:g} Mbit/s up, {client.down:g} down, {client.latency:g} ms; "
     words += f"{client.speed:g} times this machine's speed"
     words += f"; {client.idle:g} s a round idle" if client.idle else ""
@@ -176,7 +186,6 @@ def time_to_target(
             if row["setting"] == setting:
                 table.add_row(*clock.shown(row)[1:])
         console.print(table)
-    console.print(f"written: {folder}/time_to_target.csv, .md", highlight=False)
 
 
 def _load(words: list[str], lrs: list[str], **options: Any) -> Comparison:
