@@ -35,7 +35,7 @@ class FeedForward(torch.autograd.Function):  # type: ignore[misc, unused-ignore]
         y, *saved = norm(ctx, down, wide, bias, x, weight, beta, eps, rate)
         ctx.up, ctx.down = up, down
         ctx.save_for_backward(*saved, slope)
-        return cast("Tensor", y)
+        return y
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]

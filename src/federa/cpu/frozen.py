@@ -237,18 +237,8 @@ class LinearNorm(Stackable):
     """LN(dropout(x W' + bias) + residual): (packed W, x, bias or None, residual, weight, beta, eps, rate)."""
 
     @staticmethod
-    def forward(  # noqa: D102, PLR0917
-        ctx: Any,
-        matrix: Packed,
-        x: Tensor,
-        bias: Tensor | None,
-        residual: Tensor,
-        weight: Tensor,
-        beta: Tensor,
-        eps: float,
-        rate: float,
-    ) -> Tensor:
-        y, *saved = norm(ctx, matrix, x, bias, residual, weight, beta, eps, rate)
+    def forward(ctx: Any, matrix: Packed, *others: Any) -> Tensor:  # noqa: D102
+        y, *saved = norm(ctx, matrix, *others)
         ctx.matrix = matrix
         ctx.save_for_backward(*saved)
         return y
@@ -282,7 +272,7 @@ def norm(  # noqa: PLR0917
     beta: Tensor,
     eps: float,
     rate: float,
-) -> tuple[Tensor | None, ...]:
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
     """Return LN(dropout(x W' + bias) + residual), and what `norm_backward` finds saved."""
     library, (cols, depth) = matrix.library, matrix.weight.shape
     x, residual, weight, beta = (t.contiguous() for t in (x, residual, weight, beta))
