@@ -238,7 +238,7 @@ def main() -> None:
         for kind, vector in moments.items():
             for name in flat.names:
                 flat.view(vector, name).copy_(tensors[f"{kind}.{name}"])
-    optimizer.state[flat.master] = {"step": torch.tensor(float(step)), **moments}
+    optimizer.state[flat.master] = {"step": torch.tensor(float(step), device=device), **moments}
     rng, began, told = torch.Generator().manual_seed(1 + step), time.monotonic(), time.monotonic()
     total, before, losses = 60 * asked.minutes, spent, []
 

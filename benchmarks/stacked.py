@@ -1,9 +1,18 @@
 """Clients side by side against one after the other, on one model of random weights.
 
-    python benchmarks/stacked.py --width 768 --layers 12 --clients 10 --device cuda --precision bf16
+    python benchmarks/stacked.py --family roberta --width 768 --layers 12 --clients 100 --examples 32 \\
+        --batch 8 --precision bf16 --alone 20 --plain bf16 --plain fp32
 
-Both train the same jobs of the same clients; the rounds of both are interleaved, so that whatever else the
-machine does meets both. Reported are the medians over the rounds, their range, and the ratio of the two.
+All ways train the same jobs of the same clients, in turns, so that whatever else the machine does meets all
+of them. `--alone` lets the ways that train one client after the other take some of the clients only: a client
+costs them the same, however many there are. `--plain` adds what a Flower client does, without Flower: a peft
+model on the device, a `DataLoader`, torch's AdamW, autocast if asked for, weights in and out as NumPy arrays,
+and their mean.
+
+Reported are clients a second, medians over the turns and their range, and the ratios of the turns. The share
+of the peak is that of the products that training cannot do without, over what a large product of the same
+precision reaches: each layer's 12 width^2 weights and its attention, for tokens without padding, forward and
+for the gradient of the input; frozen weights need none.
 """
 
 from __future__ import annotations
@@ -11,22 +20,26 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 import transformers
+from torch.utils.data import DataLoader
 
 from federa.client import ClientConfig, Trainer
 from federa.cpu import speed_up
 from federa.data.batches import Encoded, Ragged
 from federa.engines.stacking import train_together
+from federa.masks import use_ready_masks
 from federa.methods import METHODS, Setup
 from federa.seeds import seed_for, torch_seeded
 from federa.tasks import Classification
 from federa.types import Job, State, Update
 
-LABELS, VOCABULARY = 20, 30_522
+LABELS = 20
+VOCABULARY = {"bert": 30_522, "roberta": 50_265, "deberta": 128_100}
+PEAK_SIDE = 8192
 
 
 def parse() -> argparse.Namespace:
@@ -42,9 +55,12 @@ def parse() -> argparse.Namespace:
         ("batch", 16, "examples a step"),
         ("length", 128, "tokens of the longest example; the shortest has half of them"),
         ("rounds", 5, "timed, of each way"),
+        ("alone", 0, "clients that are trained one after the other; 0 for all"),
         ("threads", 0, "on a CPU; 0 for torch's own number"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{what} (default {default})")
+    parser.add_argument("--family", choices=sorted(VOCABULARY), default="bert")
+    parser.add_argument("--plain", choices=("bf16", "fp32"), action="append", default=[])
     parser.add_argument("--method", default="lora", help="of federa, its defaults (default lora)")
     parser.add_argument("--dropout", type=float, default=0.1, help="every rate of the model (default 0.1)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
@@ -52,29 +68,55 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def build(options: argparse.Namespace) -> tuple[Trainer, State]:
-    """Return a trainer of a BERT with random weights, and its start."""
-    config = transformers.BertConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=options.width,
-        num_hidden_layers=options.layers,
-        num_attention_heads=max(1, options.width // 64),
-        intermediate_size=4 * options.width,
-        max_position_embeddings=max(512, options.length),
-        num_labels=LABELS,
-        problem_type="single_label_classification",
-        hidden_dropout_prob=options.dropout,
-        attention_probs_dropout_prob=options.dropout,
-    )
-    config._attn_implementation = "eager" if options.device == "cpu" else "sdpa"
+def random_model(options: argparse.Namespace) -> transformers.PreTrainedModel:
+    """Return a classifier of the family, of random weights."""
+    usual = {
+        "vocab_size": VOCABULARY[options.family],
+        "hidden_size": options.width,
+        "num_hidden_layers": options.layers,
+        "num_attention_heads": max(1, options.width // 64),
+        "intermediate_size": 4 * options.width,
+        "num_labels": LABELS,
+        "problem_type": "single_label_classification",
+        "hidden_dropout_prob": options.dropout,
+        "attention_probs_dropout_prob": options.dropout,
+    }
+    positions = max(512, options.length)
+    if options.family == "deberta":  # as in deberta-v3-base
+        config = transformers.DebertaV2Config(
+            **usual,
+            max_position_embeddings=positions,
+            type_vocab_size=0,
+            relative_attention=True,
+            position_buckets=256,
+            max_relative_positions=-1,
+            norm_rel_ebd="layer_norm",
+            share_att_key=True,
+            pos_att_type=["p2c", "c2p"],
+            position_biased_input=False,
+        )
+    elif options.family == "roberta":
+        config = transformers.RobertaConfig(**usual, max_position_embeddings=positions + 2, type_vocab_size=1)
+    else:
+        config = transformers.BertConfig(**usual, max_position_embeddings=positions)
+    if options.family != "deberta":
+        config._attn_implementation = "eager" if options.device == "cpu" else "sdpa"
     with torch_seeded(0):
-        model = transformers.BertForSequenceClassification(config)
-    head = frozenset(name for name, _ in model.named_parameters() if name.startswith("classifier"))
+        return transformers.AutoModelForSequenceClassification.from_config(config)
+
+
+def build(options: argparse.Namespace) -> tuple[Trainer, State]:
+    """Return a trainer of a random model, and its start."""
+    model = random_model(options)
+    base = f"{model.base_model_prefix}."
+    head = frozenset(name for name, _ in model.named_parameters() if not name.startswith(base))
     method = METHODS.parse(options.method)
     start = method.prepare(model, Setup(head, seed=0))
     model.to(options.device)
     if options.device == "cpu":
         speed_up(model)
+    else:
+        use_ready_masks(model)
     client = ClientConfig(lr=method.default_lr, batch_size=options.batch, precision=options.precision)
     return Trainer(model, head, frozenset(), Classification(), client), start
 
@@ -84,7 +126,7 @@ def draw(options: argparse.Namespace) -> tuple[Encoded, list[np.ndarray]]:
     rng = np.random.default_rng(0)
     count = options.clients * options.examples
     lengths = rng.integers(options.length // 2, options.length + 1, count)
-    rows = Ragged.from_rows([rng.integers(1, VOCABULARY, n).tolist() for n in lengths])
+    rows = Ragged.from_rows([rng.integers(5, VOCABULARY[options.family], n).tolist() for n in lengths])
     data = Encoded(
         {"input_ids": rows}, {"labels": rng.integers(0, LABELS, count)}, {"input_ids": 0, "labels": -100}
     )
@@ -100,8 +142,10 @@ def main() -> None:
     jobs = [Job(1, client, seed_for(0, "client", client), 1e-3) for client in range(options.clients)]
     size = options.at_once or options.clients
 
+    fewer = jobs[: options.alone or None]
+
     def alone() -> list[Update]:
-        return [trainer.train(start, data, parts[job.client_id], job)[0] for job in jobs]
+        return [trainer.train(start, data, parts[job.client_id], job)[0] for job in fewer]
 
     def together() -> list[Update]:
         groups = [jobs[i : i + size] for i in range(0, len(jobs), size)]
@@ -113,48 +157,121 @@ def main() -> None:
             )
         ]
 
-    seconds: dict[str, list[float]] = {"one at a time": [], f"{size} at a time": []}
+    ways: dict[str, tuple[Callable[[], object], int]] = {
+        "one at a time": (alone, len(fewer)),
+        f"{size} at a time": (together, len(jobs)),
+    }
+    for precision in options.plain:
+        round_of = plain_round(options, precision, data, [parts[job.client_id] for job in fewer])
+        ways[f"plain peft, {precision}"] = (round_of, len(fewer))
+    rates: dict[str, list[float]] = {name: [] for name in ways}
     memory: dict[str, int] = {}
-    ways: dict[str, Callable[[], list[Update]]] = dict(zip(seconds, (alone, together), strict=True))
+    cuda = options.device == "cuda"
     for number in range(options.rounds + 1):  # the first warms up
-        for name, way in ways.items():
-            if options.device == "cuda":
+        for name, (way, count) in ways.items():
+            if cuda:
                 torch.cuda.reset_peak_memory_stats()
                 torch.cuda.synchronize()
             began = time.perf_counter()
-            way()  # the updates are on the CPU when it returns
+            way()  # what it returns is on the CPU
             if number:
-                seconds[name].append(time.perf_counter() - began)
-            if options.device == "cuda":
+                rates[name].append(count / (time.perf_counter() - began))
+            if cuda:
                 memory[name] = torch.cuda.max_memory_allocated()
-    show(options, seconds, memory)
+    show(options, rates, memory, operations(options, data) / len(jobs))
 
 
-def show(options: argparse.Namespace, seconds: dict[str, list[float]], memory: dict[str, int]) -> None:
-    """Print a table of both ways."""
-    shown = (
-        "method",
-        "width",
-        "layers",
-        "clients",
-        "examples",
-        "batch",
-        "length",
-        "dropout",
-        "precision",
-        "device",
-    )
-    print(", ".join(f"{name} {getattr(options, name)}" for name in shown), f"| torch {torch.__version__}")
-    print(f"{'':16}{'s a round':>10}{'lowest':>10}{'highest':>10}{'clients/s':>11}{'GiB':>8}")
-    for name, times in seconds.items():
-        middle = statistics.median(times)
-        peak = f"{memory[name] / 2**30:.2f}" if name in memory else "-"
-        rate = options.clients / middle
-        print(f"{name:16}{middle:10.3f}{min(times):10.3f}{max(times):10.3f}{rate:11.2f}{peak:>8}")
-    ratios = sorted(one / other for one, other in zip(*seconds.values(), strict=True))
-    print(
-        f"side by side is {statistics.median(ratios):.2f} times as fast ({ratios[0]:.2f} to {ratios[-1]:.2f})"
-    )
+def plain_round(
+    options: argparse.Namespace, precision: str, data: Encoded, parts: Sequence[np.ndarray]
+) -> Callable[[], list[np.ndarray]]:
+    """Return what trains these clients with peft and torch alone, and returns the mean of their weights."""
+    from peft import LoraConfig, TaskType, get_peft_model
+    from peft import get_peft_model_state_dict as get_state
+    from peft import set_peft_model_state_dict as set_state
+
+    assert options.method == "lora", "--plain is of LoRA"
+    names = ["query_proj", "value_proj"] if options.family == "deberta" else ["query", "value"]
+    ranks = LoraConfig(task_type=TaskType.SEQ_CLS, r=METHODS.parse("lora").rank, target_modules=names)
+    model = get_peft_model(random_model(options), ranks).to(options.device)
+    start, cuda = {name: t.cpu().numpy() for name, t in get_state(model).items()}, options.device == "cuda"
+    ids, labels = data.features["input_ids"], data.targets["labels"]
+
+    def collate(rows: list[int]) -> dict[str, torch.Tensor]:
+        texts = [torch.from_numpy(ids.row(row).astype(np.int64)) for row in rows]
+        padded = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
+        kept = torch.nn.utils.rnn.pad_sequence([torch.ones_like(t) for t in texts], batch_first=True)
+        return {"input_ids": padded, "attention_mask": kept, "labels": torch.from_numpy(labels[rows])}
+
+    def client(rows: np.ndarray) -> list[np.ndarray]:
+        set_state(model, {name: torch.from_numpy(array) for name, array in start.items()})
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-3)
+        loader = DataLoader(rows.tolist(), options.batch, shuffle=True, collate_fn=collate, pin_memory=cuda)
+        model.train()
+        for batch in loader:
+            inputs = {name: t.to(options.device, non_blocking=True) for name, t in batch.items()}
+            with torch.autocast(options.device, torch.bfloat16, enabled=precision == "bf16"):
+                loss = model(**inputs).loss
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+        return [t.cpu().numpy() for t in get_state(model).values()]
+
+    def round_of() -> list[np.ndarray]:
+        sums: list[np.ndarray] = []
+        for rows in parts:
+            arrays = client(rows)
+            sums = [a + b for a, b in zip(sums, arrays, strict=True)] if sums else arrays
+        return [array / len(parts) for array in sums]
+
+    return round_of
+
+
+def operations(options: argparse.Namespace, data: Encoded) -> float:
+    """Return the floating-point operations that an epoch of all examples needs (see above)."""
+    lengths = data.lengths().astype(float)
+    matrices = 2 * 2 * 12 * options.width**2 * lengths.sum()
+    attention = 3 * 4 * options.width * (lengths**2).sum()
+    return options.layers * float(matrices + attention)
+
+
+def peak(options: argparse.Namespace) -> float:
+    """Return the operations a second of a large product, the best of ten."""
+    dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
+    side = PEAK_SIDE if options.device == "cuda" else PEAK_SIDE // 4
+    a, b = (torch.randn(side, side, device=options.device).to(dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(10):
+        if options.device == "cuda":
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        a @ b
+        if options.device == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - began)
+    return 2 * side**3 / best
+
+
+def show(
+    options: argparse.Namespace, rates: dict[str, list[float]], memory: dict[str, int], of_client: float
+) -> None:
+    """Print a table of all ways; `of_client` are the operations that a client needs."""
+    words = [f"{k} {v}" for k, v in vars(options).items() if k not in ("device", "plain", "threads")]
+    name = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
+    top = peak(options)
+    print(", ".join(words), f"| {name}, torch {torch.__version__}, peak {top / 1e12:.0f} TFLOP/s")
+    print("| | clients/s | range | of the peak | GiB | side by side is faster by | range |")
+    print("|---|---|---|---|---|---|---|")
+    ours = next(name for name in rates if name.endswith("at a time") and not name.startswith("one"))
+    for way, found in rates.items():
+        ratios = sorted(a / b for a, b in zip(rates[ours], found, strict=True))
+        middle = statistics.median(found)
+        room = f"{memory[way] / 2**30:.1f}" if way in memory else "-"
+        print(
+            f"| {way} | {middle:.1f} | {min(found):.1f} to {max(found):.1f} | {middle * of_client / top:.1%} "
+            f"| {room} | {statistics.median(ratios):.2f} | {ratios[0]:.2f} to {ratios[-1]:.2f} |"
+        )
 
 
 if __name__ == "__main__":

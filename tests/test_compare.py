@@ -293,12 +293,13 @@ def test_a_killed_comparison_leaves_nobody_behind_and_goes_on(recipe, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("engine", "asked", "expected"), [("serial", None, "cores"), ("processes", None, 1), ("serial", 1, 1)]
+    ("engine", "asked", "expected"),
+    [("serial", None, 6), ("processes", None, 1), ("serial", 1, 1), ("stacked", None, 1), ("stacked", 3, 3)],
 )
 def test_the_number_of_runs_at_a_time(recipe, engine, asked, expected, monkeypatch):
     monkeypatch.setattr("federa.compare.execute.available_cores", lambda: 6)
     config = parse_config({**recipe, "engine": {"name": engine}})
-    assert jobs_for(config, asked) == (6 if expected == "cores" else expected)
+    assert jobs_for(config, asked) == expected
     threads = parse_config({**recipe, "engine": {"name": "serial", "threads": 4}})
     assert jobs_for(threads, None) == 1
 

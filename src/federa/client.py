@@ -166,7 +166,8 @@ class FlatParameters:
         """Copy states into the masters and the model."""
         for state in states:
             for name, tensor in state.items():
-                own = tensor if self.tokens is None or name != self.table else tensor[self.tokens]
+                tokens = self.tokens if name == self.table else None
+                own = tensor if tokens is None else tensor[tokens.to(tensor.device)]
                 self.view(self.master, name).copy_(own)
         self.push_()
 

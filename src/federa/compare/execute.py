@@ -21,23 +21,28 @@ from federa.types import FederaError, RoundFailedError
 Summary = dict[str, Any]
 Say = Callable[[str], None]
 Finished = Callable[[Cell, Summary | None, str], None]
+IN_ONE_PROCESS = ("serial", "stacked")
 
 
 def jobs_for(config: RunConfig, asked: int | None) -> int:
-    """Return how many runs go at a time: one a core for the serial engine, unless it has threads of its own.
+    """Return how many runs go at a time.
+
+    Unless asked, one a core for the serial engine without threads of its own, one for any other. Clients side
+    by side go in one process as well, so several such runs may share a GPU; on a CPU one takes all cores.
 
     Raises:
         FederaError: more than one at a time of an engine that has workers of its own.
     """
-    alone = config.engine.name == "serial"
-    if asked is not None and asked > 1 and not alone:
+    name, threads, cores = config.engine.name, config.engine.threads or 1, available_cores()
+    if asked is None:
+        return max(1, cores // threads) if name == "serial" else 1
+    if asked > 1 and name not in IN_ONE_PROCESS:
         raise FederaError(
-            f"--jobs {asked}: engine.name={config.engine.name} has workers of its own; use engine.name=serial"
+            f"--jobs {asked}: engine.name={name} has workers of its own; use engine.name=serial"
         )
-    cores = available_cores()
-    if asked is not None and asked * (config.engine.threads or 1) > cores:
+    if asked * threads > cores:
         raise FederaError(f"--jobs {asked}: with engine.threads that is more than the {cores} cores")
-    return asked or (max(1, cores // (config.engine.threads or 1)) if alone else 1)
+    return asked
 
 
 class Runner:

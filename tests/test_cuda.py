@@ -1,0 +1,183 @@
+"""On a GPU: the CPU's numbers, clients side by side, a plan of its memory, and steps that wait for nothing."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from federa import run
+from federa.engines import Serial, Stacked, stacked, stacking
+from federa.run import Observer
+from federa.seeds import torch_seeded
+from running import build, configure, federa, jobs_of, steady
+from small import FAMILIES, TASKS, write_task
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU of NVIDIA's")
+METHODS = {
+    "federa": {"name": "federa", "rank": 4},
+    "lora": {"name": "lora", "rank": 4, "targets": "all-linear"},
+    "adapter": {"name": "adapter", "width": 8},
+    "bitfit": {"name": "bitfit"},
+    "ft": {"name": "ft"},
+}
+# Steps of SGD: AdamW would make whole steps of rounding where a gradient is zero.
+PLAIN = {
+    "client__dropout": 0.0,
+    "client__optimizer": "sgd",
+    "client__lr": 0.1,
+    "client__max_steps": 3,
+    "cohort": 4,
+}
+
+
+def on(device, recipe, **changes):
+    return build(recipe, device=device, **{**PLAIN, **changes})
+
+
+def updates(experiment, engine=None):
+    with (engine or Serial()).open(experiment) as session:
+        return list(session.train(experiment.params, jobs_of(experiment)))
+
+
+def check_close(found, expected, tolerance):
+    assert [u.job for u in found] == [u.job for u in expected]
+    for one, other in zip(found, expected, strict=True):
+        off = sum(float((one.delta[n] - d).double().square().sum()) for n, d in other.delta.items())
+        long = sum(float(d.double().square().sum()) for d in other.delta.values())
+        assert (off / long) ** 0.5 < tolerance
+        assert all(t.device.type == "cpu" for t in one.delta.values())
+
+
+@pytest.mark.parametrize("engine", [Serial(), Stacked()], ids=["serial", "stacked"])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_gives_the_cpus_updates(recipe, method, engine):
+    expected = updates(on("cpu", recipe, method=METHODS[method]))
+    check_close(updates(on("cuda", recipe, method=METHODS[method]), engine), expected, 1e-3)
+
+
+@pytest.mark.parametrize("engine", [Serial(), Stacked()], ids=["serial", "stacked"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_gives_the_cpus_updates(recipe, encoder, family, engine):
+    changes = {"model__name": str(encoder(family)), "method": {"name": "ft"}}
+    check_close(updates(on("cuda", recipe, **changes), engine), updates(on("cpu", recipe, **changes)), 1e-3)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_is_trained_side_by_side_and_scored(recipe, tmp_path, task):
+    folder = write_task(tmp_path / task, task)
+    names = {"train": str(folder / "train.parquet"), "test": str(folder / "test.parquet")}
+    partition = {"name": "iid", "clients": 4}
+    for engine in ("serial", "stacked"):
+        changed = {
+            **recipe,
+            "task": TASKS[task],
+            "data": names,
+            "partition": partition,
+            "cohort": 3,
+            "device": "cuda",
+            "engine": {"name": engine},
+        }
+        done = run(configure(changed), tmp_path / f"{task}-{engine}")
+        assert np.isfinite(done.summary["final"])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_side_by_side_is_one_after_the_other(recipe, precision):
+    for method in METHODS.values():
+        experiment = on("cuda", recipe, method=method, client__precision=precision)
+        tolerance = 1e-3 if precision == "fp32" else 8e-2
+        check_close(updates(experiment, Stacked()), updates(experiment), tolerance)
+
+
+@pytest.mark.parametrize("engine", ["serial", "stacked"])
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "electra"])
+def test_a_step_waits_for_nothing(recipe, encoder, family, engine):
+    """Torch raises where the host would stand still until the GPU has caught up."""
+    experiment = build(recipe, device="cuda", model__name=str(encoder(family)), client__dropout=0.1)
+    trainer, data = experiment.trainer, experiment.train
+    rows, job = experiment.parts[0][:4], jobs_of(experiment)[0]
+    trainer.flat.load_(experiment.params, experiment.kept.start)
+    optimizer = trainer._optimizer(job.lr)
+    lanes = stacking.Lanes(trainer, experiment.params, [{}] * 2, [0.1] * 2)
+    trainer.model.train()
+
+    def alone():
+        trainer.gradient_(data, rows)
+        optimizer.step()
+        trainer.flat.push_()
+
+    def together():
+        with stacking.attention_of_all(trainer.model):
+            lanes.step_(lanes.losses(stacking.stacked_batch(data, [rows, rows], trainer.device), 2))
+
+    step = alone if engine == "serial" else together
+    with torch_seeded(0):
+        step()  # the first loads what stays
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_group_takes_no_more_than_was_planned(recipe, method):
+    experiment = on("cuda", recipe, method=METHODS[method], client__batch_size=16, client__dropout=0.3)
+    planned = 4 * stacked.memory_of_a_client(experiment)
+    jobs = jobs_of(experiment)
+    parts = [experiment.parts[job.client_id] for job in jobs]
+
+    def group():
+        stacking.train_together(
+            experiment.trainer, experiment.params, experiment.train, parts, jobs, [{}] * len(jobs)
+        )
+
+    group()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    group()
+    peak = torch.cuda.max_memory_allocated() - before
+    assert peak <= planned / stacked.SHARE
+
+
+class _Stopped(Observer):
+    """Cuts a run off after its first round."""
+
+    def finished_round(self, record):
+        if record["round"] == 1:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("engine", [{"name": "serial"}, {"name": "stacked", "clients": 3}])
+def test_a_resumed_run_is_the_same(recipe, tmp_path, engine):
+    config = configure(recipe, device="cuda", engine=engine, client__dropout=0.1)
+    run(config, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(config, tmp_path / "parts", observer=_Stopped())
+    run(None, tmp_path / "parts", resume=True)
+    whole, parts = (
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("whole", "parts")
+    )
+    assert len(whole) == config.rounds
+    assert steady(whole) == steady(parts)
+
+
+def test_draws_differ_between_clients_and_repeat(recipe):
+    experiment = on("cuda", recipe, client__dropout=0.3)
+    alike = dataclasses.replace(experiment, parts=[experiment.parts[0]] * len(experiment.parts))
+    one, two = updates(alike, Stacked()), updates(alike, Stacked())
+    for first, second in zip(one, two, strict=True):
+        assert all(torch.equal(first.delta[n], second.delta[n]) for n in first.delta)
+    assert any(not torch.equal(one[0].delta[n], one[1].delta[n]) for n in one[0].delta)
+
+
+def test_the_command_line(recipe, tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe))
+    out = tmp_path / "run"
+    assert federa("run", file, "device=cuda", "engine.name=stacked", "--out", out) == 0
+    assert "device: cuda" in (out / "config.yaml").read_text()
