@@ -18,7 +18,7 @@ from statistics import mean, stdev
 from federa.statistics import Paired, paired
 
 METHODS = {"federa": "FeDeRA", "lora": "LoRA", "adapter": "adapter", "bitfit": "BitFit", "ft": "FT"}
-PRIMARY = ("semeval_f1", "f1", "accuracy")  # the first that a file has
+PRIMARY = ("semeval_f1", "f1", "accuracy")  # the first that a setting has
 Scores = dict[str, dict[tuple[str, int], float]]  # by method, then by setting and seed
 
 
@@ -28,8 +28,9 @@ def read(files: Sequence[Path]) -> Scores:
     for file in files:
         with file.open(newline="") as lines:
             rows = list(csv.DictReader(lines))
-        metric = next(name for name in PRIMARY if name in rows[0])
+        scored = {(row["setting"], name) for row in rows for name in PRIMARY if row.get(name)}
         for row in rows:
+            metric = next(name for name in PRIMARY if (row["setting"], name) in scored)
             if row[metric]:
                 run = (row["method"], row["setting"], int(row["seed"]))
                 evaluations.setdefault(run, []).append((100 * float(row[metric]), int(row["mean_of"])))

@@ -2,9 +2,11 @@
 
     python benchmarks/overhead.py [KEY=VALUE ...]     # keys of measured_run.py, for example cohort=20
 
-Two ratios, each from rounds that take turns in one process, one thread a worker:
+Ratios of rounds that take turns in one process, one thread a worker:
 - a whole round of `federa.run` with the serial engine (jobs, training, checks, sum, checkpoint, record) over
   nothing but the steps of the same clients on batches that lie ready;
+- the same round over the time that it spent inside its own steps (batches made, and all else, is overhead),
+  which does not know how the machine's speed moves from one round to the next;
 - clients a second of `processes` with two workers over those of `serial`.
 """
 
@@ -15,7 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from measured_run import recipe
 import federa
 from federa.client import Trainer
 from federa.config import RunConfig
+from federa.data.batches import Encoded
 from federa.engines import Processes, Serial
 from federa.experiment import Experiment, build_experiment
 from federa.run import Observer
@@ -56,31 +59,62 @@ def steps_alone(experiment: Experiment, jobs: Sequence[Job]) -> float:
         return time.perf_counter() - began
 
 
+class Inside:
+    """Adds up the time that a trainer spends in its steps, without that of making their batches."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        self.seconds = 0.0
+        self._batches, self._make = experiment.trainer.batches, Encoded.batch
+        experiment.trainer.batches = self.batches
+        Encoded.batch = lambda *args, **options: self.batch(*args, **options)
+
+    def batches(self, *args: Any) -> Iterator[Any]:
+        """Yield batches; until the next one is asked for, a step runs."""
+        for rows in self._batches(*args):
+            began = time.perf_counter()
+            yield rows
+            self.seconds += time.perf_counter() - began
+
+    def batch(self, *args: Any, **options: Any) -> Any:
+        """Make a batch."""
+        began = time.perf_counter()
+        made = self._make(*args, **options)
+        self.seconds -= time.perf_counter() - began
+        return made
+
+    def close(self) -> None:
+        """Leave the data sets as they were."""
+        Encoded.batch = self._make
+
+
 class TakingTurns(Observer):
     """Times a round of the run, then its steps alone, and so on."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
-        self.ratios: list[float] = []
+        self.ratios: list[tuple[float, float]] = []
 
     def started(self, experiment: Experiment, records: Sequence[Record]) -> None:
         self.experiment = experiment
+        self.inside = Inside(experiment)
         self.mark = time.perf_counter()
 
     def finished_round(self, record: Record) -> None:
-        seconds = time.perf_counter() - self.mark
+        whole, within = time.perf_counter() - self.mark, self.inside.seconds
         sizes = [len(part) for part in self.experiment.parts]
         alone = steps_alone(self.experiment, make_jobs(self.experiment.config, record["round"], sizes))
         if record["round"] > 1:  # the first warms up
-            self.ratios.append(seconds / alone)
+            self.ratios.append((whole / alone, whole / within))
+        self.inside.seconds = 0.0
         self.mark = time.perf_counter()
 
 
-def overhead(config: RunConfig, folder: Path) -> list[float]:
-    """Return, for each round, its seconds over those of its steps alone."""
+def overhead(config: RunConfig, folder: Path) -> list[tuple[float, float]]:
+    """Return, for each round, its seconds over those of its steps alone, and over those inside its own."""
     turns = TakingTurns(config)
     # The last round is evaluated: it is left out.
     federa.run(config.replace(rounds=config.rounds + 2), folder, observer=turns)
+    turns.inside.close()
     return turns.ratios[:-1]
 
 
@@ -102,7 +136,7 @@ def scaling(config: RunConfig) -> list[float]:
     return ratios
 
 
-def show(name: str, ratios: list[float]) -> None:
+def show(name: str, ratios: Sequence[float]) -> None:
     ordered = ", ".join(f"{ratio:.3f}" for ratio in sorted(ratios))
     print(f"{name}: median {statistics.median(ratios):.3f} of {len(ratios)} ({ordered})")
 
@@ -115,7 +149,9 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         config = recipe(Path(folder), {"rounds": 7, **changes}, examples)
-        show("a serial round over its steps alone", overhead(config, Path(folder) / "run"))
+        alone, inside = zip(*overhead(config, Path(folder) / "run"), strict=True)
+        show("a serial round over its steps alone", alone)
+        show("over the time inside its own steps", inside)
         show("two workers over one", scaling(config))
 
 

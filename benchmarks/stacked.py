@@ -9,10 +9,13 @@ costs them the same, however many there are. `--plain` adds what a Flower client
 model on the device, a `DataLoader`, torch's AdamW, autocast if asked for, weights in and out as NumPy arrays,
 and their mean.
 
+The plain ways' batches are of other make-up (shuffled, not of like length), and their bf16 is autocast over
+float32 weights where ours are bf16 (float32 masters beside).
+
 Reported are clients a second, medians over the turns and their range, and the ratios of the turns. The share
-of the peak is that of the products that training cannot do without, over what a large product of the same
-precision reaches: each layer's 12 width^2 weights and its attention, for tokens without padding, forward and
-for the gradient of the input; frozen weights need none.
+of the peak is that of the frozen layers' products, over what a large product of `--precision` reaches: each
+layer's 12 width^2 weights and its attention, for tokens without padding, forward and for the gradient of the
+input. Every model stays on the device: memory is what a way takes at its highest beyond what lay there.
 """
 
 from __future__ import annotations
@@ -65,7 +68,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dropout", type=float, default=0.1, help="every rate of the model (default 0.1)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.plain and options.method != "lora":
+        parser.error("--plain is of --method lora")
+    return options
 
 
 def random_model(options: argparse.Namespace) -> transformers.PreTrainedModel:
@@ -142,10 +148,10 @@ def main() -> None:
     jobs = [Job(1, client, seed_for(0, "client", client), 1e-3) for client in range(options.clients)]
     size = options.at_once or options.clients
 
-    fewer = jobs[: options.alone or None]
+    some = jobs[: options.alone or None]
 
     def alone() -> list[Update]:
-        return [trainer.train(start, data, parts[job.client_id], job)[0] for job in fewer]
+        return [trainer.train(start, data, parts[job.client_id], job)[0] for job in some]
 
     def together() -> list[Update]:
         groups = [jobs[i : i + size] for i in range(0, len(jobs), size)]
@@ -157,28 +163,30 @@ def main() -> None:
             )
         ]
 
+    ours = f"{size} side by side"
     ways: dict[str, tuple[Callable[[], object], int]] = {
-        "one at a time": (alone, len(fewer)),
-        f"{size} at a time": (together, len(jobs)),
+        "one at a time": (alone, len(some)),
+        ours: (together, len(jobs)),
     }
     for precision in options.plain:
-        round_of = plain_round(options, precision, data, [parts[job.client_id] for job in fewer])
-        ways[f"plain peft, {precision}"] = (round_of, len(fewer))
+        round_of = plain_round(options, precision, data, [parts[job.client_id] for job in some])
+        ways[f"plain peft, {precision}"] = (round_of, len(some))
     rates: dict[str, list[float]] = {name: [] for name in ways}
     memory: dict[str, int] = {}
     cuda = options.device == "cuda"
     for number in range(options.rounds + 1):  # the first warms up
         for name, (way, count) in ways.items():
             if cuda:
-                torch.cuda.reset_peak_memory_stats()
                 torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
             began = time.perf_counter()
             way()  # what it returns is on the CPU
             if number:
                 rates[name].append(count / (time.perf_counter() - began))
             if cuda:
-                memory[name] = torch.cuda.max_memory_allocated()
-    show(options, rates, memory, operations(options, data) / len(jobs))
+                memory[name] = torch.cuda.max_memory_allocated() - before
+    show(options, ours, rates, memory, operations(options, data) / len(jobs))
 
 
 def plain_round(
@@ -189,9 +197,15 @@ def plain_round(
     from peft import get_peft_model_state_dict as get_state
     from peft import set_peft_model_state_dict as set_state
 
-    assert options.method == "lora", "--plain is of LoRA"
     names = ["query_proj", "value_proj"] if options.family == "deberta" else ["query", "value"]
-    ranks = LoraConfig(task_type=TaskType.SEQ_CLS, r=METHODS.parse("lora").rank, target_modules=names)
+    rank = METHODS.parse("lora").rank
+    ranks = LoraConfig(
+        task_type=TaskType.SEQ_CLS,
+        r=rank,
+        lora_alpha=rank,
+        target_modules=names,
+        modules_to_save=["classifier", "pooler"] if options.family != "roberta" else ["classifier"],
+    )
     model = get_peft_model(random_model(options), ranks).to(options.device)
     start, cuda = {name: t.cpu().numpy() for name, t in get_state(model).items()}, options.device == "cuda"
     ids, labels = data.features["input_ids"], data.targets["labels"]
@@ -205,7 +219,7 @@ def plain_round(
     def client(rows: np.ndarray) -> list[np.ndarray]:
         set_state(model, {name: torch.from_numpy(array) for name, array in start.items()})
         trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=1e-3)
+        optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0)
         loader = DataLoader(rows.tolist(), options.batch, shuffle=True, collate_fn=collate, pin_memory=cuda)
         model.train()
         for batch in loader:
@@ -254,16 +268,19 @@ def peak(options: argparse.Namespace) -> float:
 
 
 def show(
-    options: argparse.Namespace, rates: dict[str, list[float]], memory: dict[str, int], of_client: float
+    options: argparse.Namespace,
+    ours: str,
+    rates: dict[str, list[float]],
+    memory: dict[str, int],
+    of_client: float,
 ) -> None:
-    """Print a table of all ways; `of_client` are the operations that a client needs."""
+    """Print a table of all ways; ratios are of `ours`, `of_client` are the operations of a client."""
     words = [f"{k} {v}" for k, v in vars(options).items() if k not in ("device", "plain", "threads")]
     name = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
     top = peak(options)
     print(", ".join(words), f"| {name}, torch {torch.__version__}, peak {top / 1e12:.0f} TFLOP/s")
     print("| | clients/s | range | of the peak | GiB | side by side is faster by | range |")
     print("|---|---|---|---|---|---|---|")
-    ours = next(name for name in rates if name.endswith("at a time") and not name.startswith("one"))
     for way, found in rates.items():
         ratios = sorted(a / b for a, b in zip(rates[ours], found, strict=True))
         middle = statistics.median(found)

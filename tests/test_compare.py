@@ -294,12 +294,16 @@ def test_a_killed_comparison_leaves_nobody_behind_and_goes_on(recipe, tmp_path):
 
 @pytest.mark.parametrize(
     ("engine", "asked", "expected"),
-    [("serial", None, 6), ("processes", None, 1), ("serial", 1, 1), ("stacked", None, 1), ("stacked", 3, 3)],
+    [("serial", None, 6), ("processes", None, 1), ("serial", 1, 1), ("stacked", None, 1), ("stacked", 1, 1)],
 )
 def test_the_number_of_runs_at_a_time(recipe, engine, asked, expected, monkeypatch):
     monkeypatch.setattr("federa.compare.execute.available_cores", lambda: 6)
     config = parse_config({**recipe, "engine": {"name": engine}})
     assert jobs_for(config, asked) == expected
+    side_by_side = parse_config({**recipe, "engine": {"name": "stacked", "clients": 2}})
+    assert jobs_for(side_by_side, 3) == 3
+    with pytest.raises(FederaError, match="--jobs 3: every run would plan with all free memory"):
+        jobs_for(side_by_side.replace(**{"engine.clients": None}), 3)
     threads = parse_config({**recipe, "engine": {"name": "serial", "threads": 4}})
     assert jobs_for(threads, None) == 1
 

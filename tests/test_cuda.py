@@ -12,7 +12,8 @@ from federa import run
 from federa.engines import Serial, Stacked, stacked, stacking
 from federa.run import Observer
 from federa.seeds import torch_seeded
-from running import build, configure, federa, jobs_of, steady
+from federa.state import load_state
+from running import build, configure, federa, jobs_of, same, steady
 from small import FAMILIES, TASKS, write_task
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU of NVIDIA's")
@@ -42,27 +43,31 @@ def updates(experiment, engine=None):
         return list(session.train(experiment.params, jobs_of(experiment)))
 
 
-def check_close(found, expected, tolerance):
+def check_close(found, expected, head, tolerance):
+    """Compare head and encoder apart: a head's updates are the larger by far."""
     assert [u.job for u in found] == [u.job for u in expected]
     for one, other in zip(found, expected, strict=True):
-        off = sum(float((one.delta[n] - d).double().square().sum()) for n, d in other.delta.items())
-        long = sum(float(d.double().square().sum()) for d in other.delta.values())
-        assert (off / long) ** 0.5 < tolerance
+        assert one.metrics["loss"] == pytest.approx(other.metrics["loss"], rel=tolerance)
+        for part in (head, other.delta.keys() - head):
+            off = sum(float((one.delta[n] - other.delta[n]).double().square().sum()) for n in part)
+            assert off < tolerance**2 * sum(float(other.delta[n].double().square().sum()) for n in part)
         assert all(t.device.type == "cpu" for t in one.delta.values())
 
 
 @pytest.mark.parametrize("engine", [Serial(), Stacked()], ids=["serial", "stacked"])
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_gives_the_cpus_updates(recipe, method, engine):
-    expected = updates(on("cpu", recipe, method=METHODS[method]))
-    check_close(updates(on("cuda", recipe, method=METHODS[method]), engine), expected, 1e-3)
+    there = on("cpu", recipe, method=METHODS[method])
+    found = updates(on("cuda", recipe, method=METHODS[method]), engine)
+    check_close(found, updates(there), there.trainer.head, 2e-3)
 
 
 @pytest.mark.parametrize("engine", [Serial(), Stacked()], ids=["serial", "stacked"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_gives_the_cpus_updates(recipe, encoder, family, engine):
     changes = {"model__name": str(encoder(family)), "method": {"name": "ft"}}
-    check_close(updates(on("cuda", recipe, **changes), engine), updates(on("cpu", recipe, **changes)), 1e-3)
+    there = on("cpu", recipe, **changes)
+    check_close(updates(on("cuda", recipe, **changes), engine), updates(there), there.trainer.head, 2e-3)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -88,8 +93,8 @@ def test_every_task_is_trained_side_by_side_and_scored(recipe, tmp_path, task):
 def test_side_by_side_is_one_after_the_other(recipe, precision):
     for method in METHODS.values():
         experiment = on("cuda", recipe, method=method, client__precision=precision)
-        tolerance = 1e-3 if precision == "fp32" else 8e-2
-        check_close(updates(experiment, Stacked()), updates(experiment), tolerance)
+        tolerance = 2e-3 if precision == "fp32" else 0.3
+        check_close(updates(experiment, Stacked()), updates(experiment), experiment.trainer.head, tolerance)
 
 
 @pytest.mark.parametrize("engine", ["serial", "stacked"])
@@ -126,8 +131,8 @@ def test_a_step_waits_for_nothing(recipe, encoder, family, engine):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_group_takes_no_more_than_was_planned(recipe, method):
     experiment = on("cuda", recipe, method=METHODS[method], client__batch_size=16, client__dropout=0.3)
-    planned = 4 * stacked.memory_of_a_client(experiment)
     jobs = jobs_of(experiment)
+    room = len(jobs) * stacked.memory_of_a_client(experiment) / stacked.SHARE  # what is asked to be free
     parts = [experiment.parts[job.client_id] for job in jobs]
 
     def group():
@@ -140,7 +145,7 @@ def test_a_group_takes_no_more_than_was_planned(recipe, method):
     before = torch.cuda.memory_allocated()
     group()
     peak = torch.cuda.max_memory_allocated() - before
-    assert peak <= planned / stacked.SHARE
+    assert peak <= room
 
 
 class _Stopped(Observer):
@@ -164,12 +169,22 @@ def test_a_resumed_run_is_the_same(recipe, tmp_path, engine):
     )
     assert len(whole) == config.rounds
     assert steady(whole) == steady(parts)
+    states = [
+        load_state(tmp_path / name / "checkpoint" / "state.safetensors")[0] for name in ("whole", "parts")
+    ]
+    assert same(*states)
 
 
 def test_draws_differ_between_clients_and_repeat(recipe):
     experiment = on("cuda", recipe, client__dropout=0.3)
     alike = dataclasses.replace(experiment, parts=[experiment.parts[0]] * len(experiment.parts))
-    one, two = updates(alike, Stacked()), updates(alike, Stacked())
+    jobs = [dataclasses.replace(job, seed=7) for job in jobs_of(experiment)]  # the same batches for all
+
+    def stacked_once():
+        with Stacked().open(alike) as session:
+            return list(session.train(alike.params, jobs))
+
+    one, two = stacked_once(), stacked_once()
     for first, second in zip(one, two, strict=True):
         assert all(torch.equal(first.delta[n], second.delta[n]) for n in first.delta)
     assert any(not torch.equal(one[0].delta[n], one[1].delta[n]) for n in one[0].delta)

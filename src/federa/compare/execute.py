@@ -28,10 +28,11 @@ def jobs_for(config: RunConfig, asked: int | None) -> int:
     """Return how many runs go at a time.
 
     Unless asked, one a core for the serial engine without threads of its own, one for any other. Clients side
-    by side go in one process as well, so several such runs may share a GPU; on a CPU one takes all cores.
+    by side go in one process as well, so several such runs may share a GPU.
 
     Raises:
-        FederaError: more than one at a time of an engine that has workers of its own.
+        FederaError: more than one at a time of an engine that has workers of its own, or that plans with all
+            free memory.
     """
     name, threads, cores = config.engine.name, config.engine.threads or 1, available_cores()
     if asked is None:
@@ -40,6 +41,8 @@ def jobs_for(config: RunConfig, asked: int | None) -> int:
         raise FederaError(
             f"--jobs {asked}: engine.name={name} has workers of its own; use engine.name=serial"
         )
+    if asked > 1 and name == "stacked" and getattr(config.engine, "clients", None) is None:
+        raise FederaError(f"--jobs {asked}: every run would plan with all free memory; set engine.clients")
     if asked * threads > cores:
         raise FederaError(f"--jobs {asked}: with engine.threads that is more than the {cores} cores")
     return asked
