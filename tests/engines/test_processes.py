@@ -314,6 +314,15 @@ def test_an_abandoned_round_leaves_nothing_to_the_next(recipe):
     assert all(same(u.delta, e.delta) for u, e in zip(updates, expected, strict=True))
 
 
+def test_no_worker_waits_while_an_update_is_made_use_of(recipe):
+    experiment = build(recipe, cohort=6)
+    with Processes(workers=2).open(experiment) as session:
+        updates = session.train(experiment.params, jobs_of(experiment))
+        next(updates)
+        assert all(worker.busy is not None for worker in session._workers)
+        assert len(list(updates)) == 5
+
+
 def test_updates_are_fresh_and_workers_run_ahead_by_a_bounded_number(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "BUFFER_BYTES", 0)  # room for one update more than there are workers
     experiment = build(recipe, cohort=6)

@@ -224,6 +224,7 @@ class ProcessesSession:
                         raise _deadly(requests[index])
                     todo.appendleft(index)
                     self._replace(worker)
+            self._hand_out(requests, todo, wanted)  # no worker waits while the answer is made use of
             yield done.pop(wanted)
 
     def _hand_out(self, requests: Sequence[_Request], todo: deque[int], wanted: int) -> None:
