@@ -67,7 +67,7 @@ class Tools:
         files = [*self.folder.glob("*.log"), *self.sockets.rglob("*.log")]
         return "\n".join(f"== {path}\n{path.read_text(errors='replace')[-3000:]}" for path in files)
 
-    def until(self, true, seconds=120):
+    def until(self, true, seconds=300):
         end = time.monotonic() + seconds
         while not true():
             if time.monotonic() > end:
