@@ -40,6 +40,16 @@ LENGTH, VOCABULARY, WIDTH, HEADS = 128, 6_800, 384, 12
 TAKEN = (0, 2, 3, 5)  # of MiniLM's layers, where it begins with them
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
 COLUMNS = ("text", "context", "question")
+DEBERTA_V3 = {
+    "type_vocab_size": 0,
+    "relative_attention": True,
+    "position_buckets": 256,
+    "max_relative_positions": -1,
+    "norm_rel_ebd": "layer_norm",
+    "share_att_key": True,
+    "pos_att_type": ["p2c", "c2p"],
+    "position_biased_input": False,
+}
 HELD_OUT = 0.02  # of the blocks, for a loss that says when it has had enough
 
 
@@ -110,18 +120,7 @@ def build_model(kind: str, tokenizer: transformers.PreTrainedTokenizerFast) -> t
         ends = {"bos_token_id": tokenizer.cls_token_id, "eos_token_id": tokenizer.sep_token_id}
         config = transformers.RobertaConfig(**usual, **ends, max_position_embeddings=514, type_vocab_size=1)
         return transformers.RobertaForMaskedLM(config)
-    config = transformers.DebertaV2Config(
-        **usual,
-        max_position_embeddings=512,
-        type_vocab_size=0,
-        relative_attention=True,
-        position_buckets=256,
-        max_relative_positions=-1,
-        norm_rel_ebd="layer_norm",
-        share_att_key=True,
-        pos_att_type=["p2c", "c2p"],
-        position_biased_input=False,
-    )
+    config = transformers.DebertaV2Config(**usual, **DEBERTA_V3, max_position_embeddings=512)
     return transformers.DebertaV2ForMaskedLM(config)
 
 

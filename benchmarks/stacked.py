@@ -28,6 +28,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 import transformers
+from pretrain import DEBERTA_V3
 from torch.utils.data import DataLoader
 
 from federa.client import ClientConfig, Trainer
@@ -88,19 +89,8 @@ def random_model(options: argparse.Namespace) -> transformers.PreTrainedModel:
         "attention_probs_dropout_prob": options.dropout,
     }
     positions = max(512, options.length)
-    if options.family == "deberta":  # as in deberta-v3-base
-        config = transformers.DebertaV2Config(
-            **usual,
-            max_position_embeddings=positions,
-            type_vocab_size=0,
-            relative_attention=True,
-            position_buckets=256,
-            max_relative_positions=-1,
-            norm_rel_ebd="layer_norm",
-            share_att_key=True,
-            pos_att_type=["p2c", "c2p"],
-            position_biased_input=False,
-        )
+    if options.family == "deberta":
+        config = transformers.DebertaV2Config(**usual, **DEBERTA_V3, max_position_embeddings=positions)
     elif options.family == "roberta":
         config = transformers.RobertaConfig(**usual, max_position_embeddings=positions + 2, type_vocab_size=1)
     else:
@@ -147,7 +137,6 @@ def main() -> None:
     data, parts = draw(options)
     jobs = [Job(1, client, seed_for(0, "client", client), 1e-3) for client in range(options.clients)]
     size = options.at_once or options.clients
-
     some = jobs[: options.alone or None]
 
     def alone() -> list[Update]:
