@@ -139,7 +139,7 @@ class FlatParameters:
         they were, and so a third to a half of a small encoder is not gone through in every step.
 
         Args:
-            tokens: ascending row numbers of the table.
+            tokens: ascending row numbers of the table, on the CPU as states are.
         """
         assert self.table is not None
         part, span = copy.copy(self), self.slices[self.table]
@@ -166,8 +166,7 @@ class FlatParameters:
         """Copy states into the masters and the model."""
         for state in states:
             for name, tensor in state.items():
-                tokens = self.tokens if name == self.table else None
-                own = tensor if tokens is None else tensor[tokens.to(tensor.device)]
+                own = tensor if self.tokens is None or name != self.table else tensor[self.tokens]
                 self.view(self.master, name).copy_(own)
         self.push_()
 
@@ -201,7 +200,7 @@ class FlatParameters:
         found = self.read(self.master - start, names)
         if self.table in found and self.tokens is not None:
             whole = torch.zeros(self._whole)
-            found[self.table] = whole.index_copy_(0, self.tokens.cpu(), found[self.table])
+            found[self.table] = whole.index_copy_(0, self.tokens, found[self.table])
         return found
 
 

@@ -25,19 +25,20 @@ class Vocabulary:
         rows: of it, those that a job trains on.
         size: rows of the whole table.
         kept: so many of its first tokens are always there, under their own numbers.
-        device: of the tensors.
+        device: of the model.
 
     Attributes:
-        tokens: the tokens, ascending.
-        places: `(size,)`, the new number of every token that is there.
+        tokens: the tokens, ascending, on the CPU, where states are.
+        places: `(size,)`, the new number of every token that is there, on the device.
     """
 
     def __init__(self, data: Encoded, rows: IntArray, size: int, kept: int, device: torch.device) -> None:
         texts = [data.features["input_ids"].row(row) for row in rows]
         found = np.unique(np.concatenate([np.arange(kept), [data.pad["input_ids"]], *texts]))
-        self.tokens = torch.from_numpy(found.astype(np.int64)).to(device)
-        self.places = torch.zeros(size, dtype=torch.long, device=device)
-        self.places[self.tokens] = torch.arange(len(found), device=device)
+        self.tokens = torch.from_numpy(found.astype(np.int64))
+        places = torch.zeros(size, dtype=torch.long)
+        places[self.tokens] = torch.arange(len(found))
+        self.places = places.to(device)
 
 
 def first_tokens(table: nn.Embedding) -> int:
