@@ -14,6 +14,7 @@ import torch
 
 from federa.compare.grid import Cell
 from federa.config import RunConfig, parse_config
+from federa.engines import Stacked
 from federa.machine import available_cores, die_with_parent
 from federa.run import run
 from federa.types import FederaError, RoundFailedError
@@ -41,7 +42,7 @@ def jobs_for(config: RunConfig, asked: int | None) -> int:
         raise FederaError(
             f"--jobs {asked}: engine.name={name} has workers of its own; use engine.name=serial"
         )
-    if asked > 1 and name == "stacked" and getattr(config.engine, "clients", None) is None:
+    if asked > 1 and isinstance(config.engine, Stacked) and config.engine.clients is None:
         raise FederaError(f"--jobs {asked}: every run would plan with all free memory; set engine.clients")
     if asked * threads > cores:
         raise FederaError(f"--jobs {asked}: with engine.threads that is more than the {cores} cores")
