@@ -134,7 +134,8 @@ def test_dropout_meets_its_rate_and_keeps_the_mean(library: CDLL, rate: float, t
         y = fused.Dropout.apply(library, torch.ones(1_000_000), rate)
     dropped = float((y == 0).double().mean())
     assert dropped == pytest.approx(rate, abs=4 * (rate * (1 - rate) / 1e6) ** 0.5)
-    assert y.max().item() == pytest.approx(1 / (1 - rate), rel=1e-6)
+    parts = 65536  # that a rate is a whole number of
+    assert y.max().item() == pytest.approx(parts / (parts - round(rate * parts)), rel=1e-6)
 
 
 def test_dropout_is_independent_between_elements_and_between_draws(library: CDLL) -> None:
@@ -175,7 +176,8 @@ def test_attention(library: CDLL, length: int, width: int, rate: float, threads:
     with torch_seeded(4):
         y = fused.Attention.apply(library, q, k, v, mask, width**-0.5, rate)
     with torch_seeded(4):
-        kept = fused.Dropout.apply(library, torch.ones(batch, heads, length, length), rate).double()
+        whole = torch.ones(batch, heads, length, (length + 31) // 32 * 32)  # as long as rows of tiles
+        kept = fused.Dropout.apply(library, whole, rate)[..., :length].double()
     grad = torch.randn_like(y)
     y.backward(grad)
     doubles = doubled(*tensors)

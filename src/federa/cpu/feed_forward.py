@@ -45,10 +45,11 @@ class FeedForward(torch.autograd.Function):  # type: ignore[misc, unused-ignore]
         d_h, d_bias, d_x, *d_norm = norm_backward(ctx, grads[0], (True, of_ends[0], True, *of_ends[1:]))
         d_of_up = None
         if of_up or of_x:
-            d_wide = multiply(down.library, cast("Tensor", d_h), down.backward, down.weight.shape[1])
-            d_of_up = (slope * d_wide).flatten(0, -2).sum(0) if of_up else None
+            cols = down.weight.shape[1]
+            d_wide = multiply(down.library, cast("Tensor", d_h), down.backward, cols, after=slope)
+            d_of_up = d_wide.flatten(0, -2).sum(0) if of_up else None
             if of_x:  # the residual's is our own: the other is added in place
-                entries = [entry(up.backward, d_wide, times=slope)]
+                entries = [entry(up.backward, d_wide)]
                 d_x = sum_of_maps(up.library, entries, up.weight.shape, d_x, cast("Tensor", d_x))
         return None, None, d_of_up, d_x if of_x else None, d_bias, *d_norm, None, None
 

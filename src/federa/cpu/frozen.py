@@ -124,15 +124,15 @@ def multiply(
     matrix: Tensor,
     cols: int,
     *,
-    times: Tensor | None = None,
     bias: Tensor | None = None,
+    after: Tensor | None = None,
 ) -> Tensor:
-    """Return (x * times) matrix + bias, `(..., cols)`; the matrix is one of a `Packed`."""
+    """Return (x matrix + bias) * after, `(..., cols)`; the matrix is one of a `Packed`, `after` of that shape."""
     x, bias = x.contiguous(), None if bias is None else bias.contiguous()
     y = x.new_empty(*x.shape[:-1], cols)
     shape = (x.numel() // x.shape[-1], x.shape[-1], cols)
     factors = (None, None, 0, 0, 0.0, None)
-    library.linear(*map(at, (x, times, matrix, bias, y)), *shape, *factors, torch.get_num_threads())
+    library.linear(*map(at, (x, matrix, bias, after, y)), *shape, *factors, torch.get_num_threads())
     return y
 
 
@@ -143,7 +143,6 @@ def entry(
     factors: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
     scale: float = 0.0,
     *,
-    times: Tensor | None = None,
     transposed: bool = False,
 ) -> native.Map:
     """Return one of several products for the kernels.
@@ -154,12 +153,11 @@ def entry(
         bias: is added.
         factors: first and second, and what comes between them, see `_multiply_low_rank`.
         scale: of the factors.
-        times: what goes in is multiplied with.
         transposed: see `_multiply_low_rank`.
     """
     first, second, low = factors
     rank = 0 if low is None else low.shape[-1]
-    return native.Map(*map(at, (matrix, bias, rows, times, first, second)), transposed, rank, scale, at(low))
+    return native.Map(*map(at, (matrix, bias, rows, first, second)), transposed, rank, scale, at(low))
 
 
 def sum_of_maps(
@@ -209,9 +207,9 @@ class LinearGelu(Stackable):
     @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # noqa: D102
         (slope,), matrix, needs = ctx.saved_tensors, ctx.matrix, ctx.needs_input_grad
-        grad, depth = grads[0].contiguous(), matrix.weight.shape[1]
-        d_x = multiply(matrix.library, grad, matrix.backward, depth, times=slope) if needs[1] else None
-        d_bias = (slope * grad).flatten(0, -2).sum(0) if needs[2] else None
+        grad = slope * grads[0]
+        d_x = multiply(matrix.library, grad, matrix.backward, matrix.weight.shape[1]) if needs[1] else None
+        d_bias = grad.flatten(0, -2).sum(0) if needs[2] else None
         return None, d_x, d_bias
 
     @staticmethod
@@ -351,7 +349,7 @@ def _multiply_low_rank(  # noqa: PLR0917
         own, one, other, out, narrow = map(at, client)
         shape = (*client[0].shape, cols)
         factors = (one, other, int(transposed), rank, scale, narrow)
-        library.linear(own, None, at(matrix), at(bias), out, *shape, *factors, torch.get_num_threads())
+        library.linear(own, at(matrix), at(bias), None, out, *shape, *factors, torch.get_num_threads())
     return y, low
 
 

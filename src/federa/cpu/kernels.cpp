@@ -14,7 +14,8 @@
 #ifdef __AVX512F__
 #include <immintrin.h>
 #endif
-#if defined(__AMX_BF16__) && !defined(__clang__)  // which has no __builtin_shuffle
+// clang has no __builtin_shuffle; every processor with tiles has the other two.
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__AVX512BW__) && !defined(__clang__)
 #define WITH_TILES
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -38,16 +39,29 @@ inline Floats load(const float *from, int64_t count = LANES) {
     std::memcpy(&x, from, count * 4);
     return x;
 }
+inline Words widened(Halves x) {
+#ifdef __AVX512F__
+    return (Words)_mm512_cvtepu16_epi32((__m256i)x);
+#else
+    return __builtin_convertvector(x, Words);
+#endif
+}
 inline Floats load(const bf16 *from, int64_t count = LANES) {
     Halves bits = {};
     std::memcpy(&bits, from, count * 2);
-#ifdef __AVX512F__
-    Words wide = (Words)_mm512_cvtepu16_epi32((__m256i)bits);
-#else
-    Words wide = __builtin_convertvector(bits, Words);
-#endif
-    return (Floats)(wide << 16);
+    return (Floats)(widened(bits) << 16);
 }
+// One truth value a lane.
+#ifdef __AVX512BW__
+typedef __mmask16 Lanes;
+inline Lanes as_lanes(Ints truth) { return _mm512_movepi32_mask((__m512i)truth); }
+inline Floats only(Lanes lanes, Floats x) { return (Floats)_mm512_maskz_mov_ps(lanes, (__m512)x); }
+#else
+typedef Ints Lanes;
+inline Lanes as_lanes(Ints truth) { return truth; }
+inline Floats only(Lanes lanes, Floats x) { return lanes != 0 ? x : Floats{}; }
+#endif
+
 inline void store(float *to, Floats x, int64_t count = LANES) { std::memcpy(to, &x, count * 4); }
 inline void store(bf16 *to, Floats x, int64_t count = LANES) {  // to nearest, ties to even
 #ifdef __AVX512BF16__
@@ -107,28 +121,69 @@ template <int degree = 6> inline Floats exponential(Floats x) {
     return x < -80.0f ? Floats{} : p;
 }
 
+// log of normal numbers, to 1e-7 of 1 or relative: the series of atanh, whose argument is at most 0.172.
+inline Floats logarithm(Floats x) {
+    Ints exponent = ((Ints)x - 0x3f3504f3) >> 23;                // so that what is left is between sqrt(1/2) and sqrt(2)
+    Floats m = (Floats)((Ints)x - (exponent << 23)), z = (m - 1.0f) / (m + 1.0f), square = z * z;
+    Floats series = ((square * (1.0f / 9) + 1.0f / 7) * square + 0.2f) * square + 1.0f / 3;
+    return __builtin_convertvector(exponent, Floats) * 0.69314718f + 2.0f * (z + z * square * series);
+}
+
+// Which elements are dropped: a function of the seed and an element's index. A random word serves two neighbours, with 16
+// bits for each: rates are so many 65536ths.
 struct Dropout {
     uint32_t low, high, threshold;
-    float scale;
+    float scale;  // of what is kept
 
     Dropout(uint64_t seed, float rate)
-        : low(uint32_t(seed)), high(uint32_t(seed >> 32)), threshold(uint32_t(double(rate) * 4294967296.0)),
-          scale(float(1.0 / (1.0 - double(rate)))) {}
+        : low(uint32_t(seed)), high(uint32_t(seed >> 32)),
+          threshold(uint32_t(std::min(65535.0, std::floor(double(rate) * 65536 + 0.5)))),
+          scale(float(65536.0 / (65536 - threshold))) {}
 
-    // x where element first + lane * step is kept, scaled; zero where it is dropped.
     // lowbias32 (Wellons, hash-prospector), keyed before each of its two multiplications.
-    inline Floats operator()(Floats value, uint32_t first, uint32_t step = 1) const {
-        const Words lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-        const uint32_t golden = 0x9e3779b1u;
-        Words x = lane * (step * golden) + (first * golden + low);  // the first product is the same for all elements
+    inline Words hash(Words x) const {
+        x = x * 0x9e3779b1u + low;
         x ^= x >> 16;
         x *= 0x7feb352du;
         x ^= (x >> 15) + high;
         x *= 0x846ca68bu;
-        x ^= x >> 16;
-        return x >= threshold ? value * scale : Floats{};
+        return x ^ x >> 16;
     }
+    // Which of 16 elements are kept.
+    inline Lanes keeps(uint32_t first) const {
+        const Words element = lane + first, word = hash(element >> 1);
+        return as_lanes(((element & 1) != 0 ? word >> 16 : word & 0xffff) >= threshold);
+    }
+    // The same of 32, the first of them even.
+    inline void keeps(uint32_t first, Lanes kept[2]) const {
+        const Words words = hash(lane + first / 2);
+#ifdef __AVX512BW__
+        const __mmask32 all = _mm512_cmpge_epu16_mask((__m512i)words, _mm512_set1_epi16(short(threshold)));
+        kept[0] = Lanes(all), kept[1] = Lanes(all >> 16);
+#else
+        Halves numbers[2];
+        std::memcpy(numbers, &words, sizeof words);
+        for (int64_t half = 0; half < 2; half++) kept[half] = widened(numbers[half]) >= threshold;
+#endif
+    }
+    inline Floats operator()(Floats value, Lanes kept) const { return only(kept, value * scale); }
+
+    static constexpr Words lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 };
+
+// As `sweep`, but call body(i, count, which of the elements first + i and on are kept).
+template <class Body> inline void sweep_dropping(int64_t size, Dropout drop, uint32_t first, Body body) {
+    int64_t i = 0;
+    if (first % 2 == 0) {
+        for (; i + 2 * LANES <= size; i += 2 * LANES) {
+            Lanes kept[2];
+            drop.keeps(first + uint32_t(i), kept);
+            body(i, std::integral_constant<int64_t, LANES>{}, kept[0]);
+            body(i + LANES, std::integral_constant<int64_t, LANES>{}, kept[1]);
+        }
+    }
+    for (; i < size; i += LANES) body(i, std::min(LANES, size - i), drop.keeps(first + uint32_t(i)));
+}
 
 struct Row {  // float32 scratch for one row
     float *data;
@@ -160,30 +215,54 @@ void gelu_row(const float *h, const float *bias, float *y, float *slope, int64_t
     });
 }
 
-// For bf16 the same by odd polynomials of x, plus a half: both are so between -4 and 4, and 0 or 1 beyond to 5e-4.
-// Fitted for the least largest error: 2e-5 of Phi, 6e-5 of the slope, where bf16 keeps 4e-3.
-constexpr float PHI[] = {
-    3.988475018e-01f, -6.617535941e-02f, 9.664860115e-03f, -1.048200022e-03f, 8.066670012e-05f,
-    -4.100807570e-06f, 1.217085777e-07f, -1.580742838e-09f};
-constexpr float SLOPE[] = {
-    7.976095349e-01f, -2.648264856e-01f, 5.845605641e-02f, -8.716302267e-03f, 9.073226465e-04f,
-    -6.495708651e-05f, 3.028313474e-06f, -8.218674780e-08f, 9.795861385e-10f};
+// For bf16 the same by parabolas, each for a quarter between -4 and 4, and 0 or 1 beyond, to 5e-4. Largest error: 4e-5 of Phi,
+// 2e-4 of the slope, where bf16 keeps 4e-3.
+struct Parabolas {
+    static constexpr int64_t PARTS = 32;
+    Floats c[3][2] = {};  // of t, which goes from -1/2 to 1/2 in each part
 
-template <int64_t terms> inline Floats half_plus_odd(const float (&c)[terms], Floats x, Floats square) {
-    Floats sum = Floats{} + c[terms - 1];
-    for (int64_t i = terms - 2; i >= 0; i--) sum = sum * square + c[i];
-    sum = sum * x + 0.5f;
-    return x < -4.0f ? Floats{} : x > 4.0f ? Floats{} + 1.0f : sum;
-}
+    template <class Function> explicit Parabolas(Function f) {
+        for (int64_t i = 0; i < PARTS; i++) {
+            double at[3] = {-0.4330127, 0, 0.4330127}, y[3];  // Chebyshev's: the least error, nearly
+            if (i == 0) at[0] = -0.5;
+            if (i == PARTS - 1) at[2] = 0.5;
+            for (int64_t k = 0; k < 3; k++) y[k] = f((double(i) + 0.5 + at[k]) / 4 - 4);
+            if (i == 0) y[0] = 0;
+            if (i == PARTS - 1) y[2] = 1;
+            const double left = (y[1] - y[0]) / (at[1] - at[0]), right = (y[2] - y[1]) / (at[2] - at[1]);
+            const double bend = (right - left) / (at[2] - at[0]), of[3] = {y[1], left - bend * at[0], bend};
+            for (int64_t k = 0; k < 3; k++) c[k][i / LANES][i % LANES] = float(of[k]);
+        }
+    }
+    inline Floats operator()(Words part, Floats t) const { return (pick(2, part) * t + pick(1, part)) * t + pick(0, part); }
+
+    inline Floats pick(int64_t k, Words part) const {  // by the low five bits
+#ifdef __AVX512F__
+        return (Floats)_mm512_permutex2var_ps((__m512)c[k][0], (__m512i)part, (__m512)c[k][1]);
+#else
+        Floats x = {};
+        for (int64_t i = 0; i < LANES; i++) x[i] = c[k][part[i] / LANES % 2][part[i] % LANES];
+        return x;
+#endif
+    }
+};
+double normal_cdf(double x) { return 0.5 * std::erfc(-x * std::sqrt(0.5)); }
+const Parabolas PHI(normal_cdf);
+const Parabolas SLOPE([](double x) { return normal_cdf(x) + x * std::exp(-x * x / 2) * 0.3989422804; });
 
 template <bool with_bias, bool with_slope, class H>  // H: of the product before it, float32 if it comes from tiles
 void gelu_row(const H *h, const bf16 *bias, bf16 *y, bf16 *slope, int64_t cols) {
+    const float round = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+    const Parabolas cdf = PHI, steepness = SLOPE;  // in registers
     sweep(cols, [=](int64_t i, auto count) {
         Floats x = load(h + i, count);
         if (with_bias) x += load(bias + i, count);
-        Floats square = x * x;
-        store(y + i, x * half_plus_odd(PHI, x, square), count);
-        if (with_slope) store(slope + i, half_plus_odd(SLOPE, x, square), count);
+        Floats u = x * 4.0f + 15.5f;  // part 0 is around 0
+        u = u < -0.5f ? Floats{} - 0.5f : u;
+        u = u > 31.499998f ? Floats{} + 31.499998f : u;  // half would be rounded to 32
+        const Floats shifted = u + round, t = u - (shifted - round);
+        store(y + i, x * cdf((Words)shifted, t), count);
+        if (with_slope) store(slope + i, steepness((Words)shifted, t), count);
     });
 }
 
@@ -208,14 +287,16 @@ template <class H, class T>
 float norm_row(const H *h, const T *bias, const T *residual, const T *weight, const T *beta, T *y, T *normed, float *v,
                int64_t cols, float eps, bool drops, Dropout drop, uint32_t first) {
     Floats sum = {}, square = {};
-    sweep(cols, [&](int64_t i, auto count) {
+    const auto add = [&](int64_t i, auto count, Lanes kept) {
         Floats x = load(h + i, count);
         if (bias) x += load(bias + i, count);
-        if (drops) x = drop(x, first + uint32_t(i));
+        if (drops) x = drop(x, kept);
         x += load(residual + i, count);
         store(v + i, x, count);
         sum += x;  // lanes beyond a row's end are zero; with dropout, because what they scale is
-    });
+    };
+    if (drops) sweep_dropping(cols, drop, first, add);
+    else sweep(cols, [&](int64_t i, auto count) { add(i, count, Lanes{}); });
     float mean = sum_of(sum) / cols;
     sweep(cols, [&](int64_t i, auto count) {
         Floats x = load(v + i, count) - mean;
@@ -262,11 +343,13 @@ void norm_backward_row(const T *g, const T *n, float r, const T *weight, T *d, T
         dots += x * load(n + i, count);
     });
     float sum = sum_of(sums) / cols, dot = sum_of(dots) / cols;
-    sweep(cols, [&](int64_t i, auto count) {
+    const auto write = [&](int64_t i, auto count, Lanes kept) {
         Floats x = (load(v + i, count) - sum - load(n + i, count) * dot) * r;
         store(d + i, x, count);
-        if (d_h) store(d_h + i, drop(x, first + uint32_t(i)), count);
-    });
+        if (d_h) store(d_h + i, drop(x, kept), count);
+    };
+    if (d_h) sweep_dropping(cols, drop, first, write);
+    else sweep(cols, [&](int64_t i, auto count) { write(i, count, Lanes{}); });
 }
 
 // d_residual and, with dropout, d_h = d_residual through the mask; d_h may be null.
@@ -291,8 +374,8 @@ template <class T> void dropout(const T *x, T *y, int64_t size, float rate, uint
     constexpr int64_t PART = 1 << 14;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t from = 0; from < size; from += PART) {
-        sweep(std::min(PART, size - from), [=](int64_t i, auto count) {
-            store(y + from + i, drop(load(x + from + i, count), uint32_t(from + i)), count);
+        sweep_dropping(std::min(PART, size - from), drop, uint32_t(from), [=](int64_t i, auto count, Lanes kept) {
+            store(y + from + i, drop(load(x + from + i, count), kept), count);
         });
     }
 }
@@ -350,7 +433,7 @@ void attend_one(Shape s, const T *q, Strides qs, const T *k, Strides ks, const T
             sweep(s.length, [&](int64_t c, auto count) {
                 Floats x = load(p + c, count) / sum;
                 store(p + c, x, count);
-                store(dropped.data + c, rate > 0 ? drop(x, uint32_t(bh * s.length + c)) : x, count);
+                store(dropped.data + c, rate > 0 ? drop(x, drop.keeps(uint32_t(bh * s.length + c))) : x, count);
             });
             for (int64_t c = 0; c < s.length; c++) {
                 const Floats weight = Floats{} + dropped.data[c];
@@ -382,10 +465,10 @@ void attend_one_backward(Shape s, const T *q, Strides qs, const T *k, Strides ks
             float *d = d_scores.data, delta = 0;
             for (int64_t c = 0; c < s.length; c++) d[c] = dot(g, values + c * vs.t, s.width);
             sweep(s.length, [&](int64_t c, auto count) {
-                const uint32_t first = uint32_t(bh * s.length + c);
+                const Lanes kept = drop.keeps(uint32_t(bh * s.length + c));
                 Floats weight = load(p + c, count), x = load(d + c, count);
-                store(d + c, rate > 0 ? drop(x, first) : x, count);
-                store(dropped.data + c, rate > 0 ? drop(weight, first) : weight, count);
+                store(d + c, rate > 0 ? drop(x, kept) : x, count);
+                store(dropped.data + c, rate > 0 ? drop(weight, kept) : weight, count);
             });
             for (int64_t c = 0; c < s.length; c++) delta += p[c] * d[c];
             for (int64_t c = 0; c < s.length; c++) d[c] = p[c] * (d[c] - delta) * scale;
@@ -424,9 +507,10 @@ const TileConfig tile_config;
 // What is stored before is there for tiles to load: the compiler does not know that they read memory.
 inline void settle() { __asm__ volatile("" ::: "memory"); }
 
-// C (m x n float32, row length n) = A (m x k bf16, rows) * B (k x n bf16, packed); m, n, k multiples of 32.
-void multiply(const bf16 *A, const bf16 *B, float *C, int64_t m, int64_t n, int64_t k) {
-    int64_t depth = k / 32;
+// C (m x n float32, row length n) = A (m x k bf16, its rows `step` apart) * B (k x n bf16, packed); m, n, k multiples of
+// 32.
+void multiply(const bf16 *A, int64_t step, const bf16 *B, float *C, int64_t m, int64_t n, int64_t k) {
+    const int64_t depth = k / 32;
     settle();
     for (int64_t i = 0; i < m; i += 32) {
         for (int64_t j = 0; j < n; j += 32) {
@@ -434,10 +518,10 @@ void multiply(const bf16 *A, const bf16 *B, float *C, int64_t m, int64_t n, int6
             _tile_zero(1);
             _tile_zero(2);
             _tile_zero(3);
-            const bf16 *a = A + i * k, *b = B + j / 16 * depth * TILE;
+            const bf16 *a = A + i * step, *b = B + j / 16 * depth * TILE;
             for (int64_t p = 0; p < depth; p++) {
-                _tile_loadd(4, a + p * 32, k * 2);
-                _tile_loadd(5, a + 16 * k + p * 32, k * 2);
+                _tile_loadd(4, a + p * 32, step * 2);
+                _tile_loadd(5, a + 16 * step + p * 32, step * 2);
                 _tile_loadd(6, b + p * TILE, 64);
                 _tile_loadd(7, b + (depth + p) * TILE, 64);
                 _tile_dpbf16ps(0, 4, 6);
@@ -461,15 +545,33 @@ inline void interleave(const bf16 *even, const bf16 *odd, uint32_t *to) {
     std::memcpy(to, &pairs, 64);
 }
 
-// From X (rows x cols, zero-padded copy, row length cols): B = X, so depth runs over X's rows.
-void pack_rows(const bf16 *X, bf16 *B, int64_t rows, int64_t cols) {
+// Two rows of 32 as pairs: the left 16, and the right.
+inline void interleave(const bf16 *even, const bf16 *odd, bf16 *left, bf16 *right) {
+    const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5,
+                                         36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    const __m512i a = _mm512_loadu_si512(even), b = _mm512_loadu_si512(odd);
+    _mm512_storeu_si512(left, _mm512_permutex2var_epi16(a, low, b));
+    _mm512_storeu_si512(right, _mm512_permutex2var_epi16(a, _mm512_add_epi16(low, _mm512_set1_epi16(16)), b));
+}
+
+// Two rows of 16 to bf16; returns them as pairs.
+inline __m512i store_rows(bf16 *even, bf16 *odd, Floats x, Floats y) {
+    const __m512i pairs = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
+                                           20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)y, (__m512)x);
+    std::memcpy(even, &both, 32);
+    _mm256_storeu_si256(reinterpret_cast<__m256i *>(odd), _mm512_extracti64x4_epi64(both, 1));
+    return _mm512_permutexvar_epi16(pairs, both);
+}
+
+// From X (rows x cols, both multiples of 32, its rows `step` apart): B = X, so depth runs over X's rows.
+void pack_rows(const bf16 *X, int64_t step, bf16 *B, int64_t rows, int64_t cols) {
     int64_t depth = rows / 32;
     for (int64_t p = 0; p < rows / 2; p++) {
-        const bf16 *even = X + 2 * p * cols, *odd = even + cols;
+        const bf16 *even = X + 2 * p * step, *odd = even + step;
         bf16 *row = B + (p / 16) * TILE + (p % 16) * 32;
-        for (int64_t j = 0; j < cols; j += 16) {
-            uint32_t *to = reinterpret_cast<uint32_t *>(row + j / 16 * depth * TILE);
-            interleave(even + j, odd + j, to);
+        for (int64_t j = 0; j < cols; j += 32, row += 2 * depth * TILE) {
+            interleave(even + j, odd + j, row, row + depth * TILE);
         }
     }
 }
@@ -499,14 +601,14 @@ inline void transpose_words(const uint32_t *X, int64_t from, uint32_t *Y, int64_
     for (int i = 0; i < 16; i++) std::memcpy(Y + i * to, &row[i], 64);
 }
 
-// B = X transposed, so depth runs over X's columns: pairs are neighbours in a row of X.
-void pack_columns(const bf16 *X, bf16 *B, int64_t rows, int64_t cols) {
+// B = X transposed, so depth runs over X's columns: pairs are neighbours in a row of X. The step is even.
+void pack_columns(const bf16 *X, int64_t step, bf16 *B, int64_t rows, int64_t cols) {
     int64_t depth = cols / 32;
     const uint32_t *pairs = reinterpret_cast<const uint32_t *>(X);
     for (int64_t j = 0; j < rows; j += 16) {
         uint32_t *to = reinterpret_cast<uint32_t *>(B + j / 16 * depth * TILE);
         for (int64_t p = 0; p < depth; p++) {
-            transpose_words(pairs + j * (cols / 2) + p * 16, cols / 2, to + p * TILE / 2, 16);
+            transpose_words(pairs + j * (step / 2) + p * 16, step / 2, to + p * TILE / 2, 16);
         }
     }
 }
@@ -526,13 +628,13 @@ void unpack_rows(const bf16 *packed, bf16 *Y, int64_t rows, int64_t cols) {
     }
 }
 
-// Y (cols x rows bf16, as pairs) = X (rows x cols float32) transposed; scratch holds rows * cols numbers.
-void transpose_down(const float *X, uint32_t *scratch, uint32_t *Y, int64_t rows, int64_t cols) {
+// Y (cols x rows bf16, as pairs) = scale * X (rows x cols float32) transposed; scratch holds rows * cols numbers.
+void transpose_down(const float *X, float scale, uint32_t *scratch, uint32_t *Y, int64_t rows, int64_t cols) {
     for (int64_t r = 0; r < rows; r += 2) {
         for (int64_t c = 0; c < cols; c += 16) {
             bf16 even[16], odd[16];
-            store(even, load(X + r * cols + c));
-            store(odd, load(X + (r + 1) * cols + c));
+            store(even, load(X + r * cols + c) * scale);
+            store(odd, load(X + (r + 1) * cols + c) * scale);
             interleave(even, odd, scratch + r / 2 * cols + c);
         }
     }
@@ -543,12 +645,26 @@ void transpose_down(const float *X, uint32_t *scratch, uint32_t *Y, int64_t rows
     }
 }
 
-// Copy one head, rows x width out of strided rows, into a zero-padded block.
-void gather(const bf16 *from, int64_t stride, bf16 *to, int64_t rows, int64_t width, int64_t padded) {
+// Copy rows x width out of rows that are `step` apart into a zero-padded block.
+void gather(const bf16 *from, int64_t step, bf16 *to, int64_t rows, int64_t width, int64_t padded) {
     for (int64_t r = 0; r < rows; r++) {
-        sweep(width, [&](int64_t i, auto count) { std::memcpy(to + r * padded + i, from + r * stride + i, count * 2); });
+        sweep(width, [&](int64_t i, auto count) { std::memcpy(to + r * padded + i, from + r * step + i, count * 2); });
     }
 }
+
+// The rows of one head, as many and as wide as whole tiles: where they lie, or a copy that zeros make so.
+struct Head {
+    const bf16 *rows;
+    int64_t step;
+
+    Head(const bf16 *from, int64_t step, bf16 *copy, Shape s, int64_t width) : rows(from), step(step) {
+        if (s.length % 32 == 0 && s.width == width && step % 2 == 0) return;
+        gather(from, step, copy, s.length, s.width, width);
+        this->rows = copy;
+        this->step = width;
+    }
+    const bf16 *from(int64_t row) const { return rows + row * step; }
+};
 
 // Rows of one head lie far apart, which hides them from the processor's own prefetching. So each head asks for its
 // share of the next batch element's rows, all heads of them; `written` for lines to write into.
@@ -582,176 +698,317 @@ bool tiles_granted() {
     return granted;
 }
 
-// One row of softmax(scores * scale + mask), dropped out; returns the log of the sum of exponentials.
-// L is a multiple of 32.
-float softmax_row(float *scores, const float *mask, bf16 *weights, int64_t L, float scale, bool drops, Dropout drop,
-                  uint32_t first) {
-    Floats tops = load(scores) * scale + load(mask), sums = {};
-    for (int64_t c = 0; c < L; c += LANES) {
-        Floats x = load(scores + c) * scale + load(mask + c);
-        store(scores + c, x);
+// Call work(std::integral_constant<int64_t, L / LANES>), or with 0 where a row of L is too long for registers.
+template <class Work> void by_length(int64_t L, Work work) {
+    if (L == 32) work(std::integral_constant<int64_t, 2>{});
+    else if (L == 64) work(std::integral_constant<int64_t, 4>{});
+    else if (L == 96) work(std::integral_constant<int64_t, 6>{});
+    else if (L == 128) work(std::integral_constant<int64_t, 8>{});
+    else work(std::integral_constant<int64_t, 0>{});
+}
+
+// A row of numbers between passes over it: in registers, if it has a fixed number of vectors, or in memory.
+template <int64_t fixed> struct Between {
+    Floats own[fixed];
+    explicit Between(float *) {}
+    void put(int64_t v, Floats x) { own[v] = x; }
+    Floats get(int64_t v) const { return own[v]; }
+};
+template <> struct Between<0> {
+    float *row;
+    explicit Between(float *row) : row(row) {}
+    void put(int64_t v, Floats x) { store(row + v * LANES, x); }
+    Floats get(int64_t v) const { return load(row + v * LANES); }
+};
+
+// Dropout of attention weights, whose rows are counted as L long.
+struct WeightDropout : Dropout {
+    int64_t L;
+
+    WeightDropout(uint64_t seed, float rate, int64_t L) : Dropout(seed, rate), L(L) {}
+
+    // Which of 32 keys of a query are kept; the first one is even.
+    __mmask32 of_keys(int64_t query, int64_t key) const {
+        const Words words = hash(lane + uint32_t(query * L + key) / 2);
+        return _mm512_cmpge_epu16_mask((__m512i)words, _mm512_set1_epi16(short(threshold)));
+    }
+    // Which of 16 queries keep an even key, and which the next one.
+    void of_queries(int64_t query, int64_t key, Lanes *even, Lanes *odd) const {
+        const Words words = hash(lane * uint32_t(L / 2) + uint32_t(query * L + key) / 2);
+        const __m512i least = _mm512_set1_epi32(int(threshold << 16));
+        *even = _mm512_cmpge_epu32_mask((__m512i)(words << 16), least);
+        *odd = _mm512_cmpge_epu32_mask((__m512i)words, least);
+    }
+};
+
+// One row of exp(scores * scale + mask - their maximum), dropped out; it is still to be divided by `sum`, that of all
+// before dropout. L is a multiple of 32.
+template <int64_t fixed>
+inline void softmax_row(float *scores, const float *mask, bf16 *weights, int64_t L, float scale, bool drops,
+                        const WeightDropout &drop, int64_t query, float *maximum, float *sum) {
+    const int64_t vectors = fixed ? fixed : L / LANES;
+    Between<fixed> row(scores);
+    Floats tops = Floats{} - INFINITY, sums = {};
+#pragma GCC unroll 8
+    for (int64_t v = 0; v < vectors; v++) {
+        Floats x = load(scores + v * LANES) * scale + load(mask + v * LANES);
+        row.put(v, x);
         tops = x > tops ? x : tops;
     }
-    float top = max_of(tops);
-    for (int64_t c = 0; c < L; c += LANES) {
-        Floats x = exponential<4>(load(scores + c) - top);
-        store(scores + c, x);
-        sums += x;
+    const float top = max_of(tops);
+#pragma GCC unroll 4
+    for (int64_t v = 0; v < vectors; v += 2) {
+        const Floats x = exponential<4>(row.get(v) - top), y = exponential<4>(row.get(v + 1) - top);
+        sums += x + y;
+        __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)y, (__m512)x);
+        if (drops) both = _mm512_maskz_mov_epi16(drop.of_keys(query, v * LANES), both);
+        _mm512_storeu_si512(weights + v * LANES, both);
     }
-    float sum = sum_of(sums), inverse = 1.0f / sum;
-    for (int64_t c = 0; c < L; c += LANES) {
-        Floats x = load(scores + c) * inverse;
-        store(weights + c, drops ? drop(x, first + uint32_t(c)) : x);
-    }
-    return top + std::log(sum);
+    *maximum = top;
+    *sum = sum_of(sums);
 }
 
-// One key's weights for all queries, dropped out, and the gradient of its scores.
-void softmax_backward_row(const float *scores, const float *d_weights, const float *lse, const float *delta,
-                          bf16 *weights, bf16 *d_scores, int64_t L, float scale, float shift, bool drops, Dropout drop,
-                          uint32_t first, uint32_t step) {
-    for (int64_t c = 0; c < L; c += LANES) {
-        Floats x = load(scores + c) * scale + shift - load(lse + c), d = load(d_weights + c);
-        Floats weight = exponential<4>(x);
-        if (drops) d = drop(d, first + uint32_t(c) * step, step);
-        store(d_scores + c, weight * (d - load(delta + c)) * scale);
-        store(weights + c, drops ? drop(weight, first + uint32_t(c) * step, step) : weight);
-    }
-}
+// How many rows of a head's scores are made at a time: they, and what is made of them, shall fit the nearest cache.
+int64_t at_a_time(int64_t L) { return L <= 64 ? L : 32; }
 
-void attend(Shape s, const bf16 *q, Strides qs, const bf16 *k, Strides ks, const bf16 *v, Strides vs, const float *bias,
-            bf16 *out, float *lse, float scale, float rate, uint64_t seed, int threads) {
-    const int64_t L = padded(s.length), D = padded(s.width), step = s.heads * s.width;
-    Dropout drop(seed, rate);
+struct Inputs {
+    Shape s;
+    const bf16 *q, *k, *v;
+    Strides qs, ks, vs;
+    const float *bias;
+    float scale;
+    bool drops;
+    WeightDropout drop;
+    int64_t L, D, R, step;  // length and width in whole tiles, rows at a time, and from row to row of what is contiguous
+
+    Inputs(Shape s, const bf16 *q, Strides qs, const bf16 *k, Strides ks, const bf16 *v, Strides vs, const float *bias,
+           float scale, float rate, uint64_t seed)
+        : s(s), q(q), k(k), v(v), qs(qs), ks(ks), vs(vs), bias(bias), scale(scale), drops(rate > 0),
+          drop(seed, rate, padded(s.length)), L(padded(s.length)), D(padded(s.width)), R(at_a_time(L)),
+          step(s.heads * s.width) {}
+
+    void prefetch_next(int64_t b, int64_t head) const {
+        if (b + 1 == s.batch) return;
+        prefetch<false>(q + qs.at(b + 1, 0), qs.t, s.length, s.heads, head, s.width);
+        prefetch<false>(k + ks.at(b + 1, 0), ks.t, s.length, s.heads, head, s.width);
+        prefetch<false>(v + vs.at(b + 1, 0), vs.t, s.length, s.heads, head, s.width);
+    }
+    const float *mask_of(int64_t b, bool *blind) const {
+        const float *own = bias ? bias + b * s.length : nullptr;
+        *blind = all_hidden(own, s.length);
+        return *blind ? nullptr : own;
+    }
+};
+
+// Call work(worker, head) for each head of each batch element; the worker is the thread's own.
+template <class Worker, class Work> void by_heads(const Inputs &in, int threads, Work work) {
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         _tile_loadconfig(&tile_config);
-        Arena arena(2 * (5 * L * D + 32 * L) + 4 * (32 * L + L + 32 * D) + 8192);
-        bf16 *Q = arena.take<bf16>(L * D), *K = arena.take<bf16>(L * D), *V = arena.take<bf16>(L * D);
-        bf16 *Kt = arena.take<bf16>(L * D), *Vp = arena.take<bf16>(L * D), *P = arena.take<bf16>(32 * L);
-        float *S = arena.take<float>(32 * L), *mask = arena.take<float>(L), *O = arena.take<float>(32 * D);
+        Worker worker(in);
 #pragma omp for
-        for (int64_t bh = 0; bh < s.batch * s.heads; bh++) {
-            int64_t b = bh / s.heads, head = bh % s.heads;
-            gather(q + qs.at(b, head), qs.t, Q, s.length, s.width, D);
-            gather(k + ks.at(b, head), ks.t, K, s.length, s.width, D);
-            gather(v + vs.at(b, head), vs.t, V, s.length, s.width, D);
-            if (b + 1 < s.batch) {
-                prefetch<false>(q + qs.at(b + 1, 0), qs.t, s.length, s.heads, head, s.width);
-                prefetch<false>(k + ks.at(b + 1, 0), ks.t, s.length, s.heads, head, s.width);
-                prefetch<false>(v + vs.at(b + 1, 0), vs.t, s.length, s.heads, head, s.width);
-                prefetch<true>(out + (b + 1) * s.length * step, step, s.length, s.heads, head, s.width);
-            }
-            pack_columns(K, Kt, L, D);
-            pack_rows(V, Vp, L, D);
-            const float *own = bias ? bias + b * s.length : nullptr;
-            const bool blind = all_hidden(own, s.length);
-            for (int64_t c = 0; c < L; c++) mask[c] = c >= s.length ? -INFINITY : own && !blind ? own[c] : 0.0f;
-            for (int64_t i = 0; i < s.length; i += 32) {
-                multiply(Q + i * D, Kt, S, 32, L, D);
-                if (blind) std::fill(S, S + 32 * L, 0.0f);
-                for (int64_t r = 0; r < std::min<int64_t>(32, s.length - i); r++) {
-                    int64_t query = bh * s.length + i + r;
-                    float sum = softmax_row(S + r * L, mask, P + r * L, L, scale, rate > 0, drop,
-                                            uint32_t(query * s.length));
-                    if (lse) lse[query] = sum;
-                }
-                multiply(P, Vp, O, 32, D, L);
-                for (int64_t r = 0; r < std::min<int64_t>(32, s.length - i); r++) {
-                    bf16 *to = out + (b * s.length + i + r) * step + head * s.width;
-                    sweep(s.width, [&](int64_t c, auto count) { store(to + c, load(O + r * D + c, count), count); });
-                }
-            }
-        }
+        for (int64_t bh = 0; bh < in.s.batch * in.s.heads; bh++) work(worker, bh);
         _tile_release();
     }
 }
 
-// Works on the transposed scores, key by key, so that P and dS are left operands without being transposed.
-// out, grad, dq, dk, dv are (batch, length, heads, width), contiguous.
-void attend_backward(Shape s, const bf16 *q, Strides qs, const bf16 *k, Strides ks, const bf16 *v, Strides vs,
-                     const float *bias, const bf16 *out, const float *lse, const bf16 *grad, bf16 *dq, bf16 *dk,
-                     bf16 *dv, float scale, float rate, uint64_t seed, int threads) {
-    const int64_t L = padded(s.length), D = padded(s.width), step = s.heads * s.width;
-    Dropout drop(seed, rate);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        _tile_loadconfig(&tile_config);
-        Arena arena(2 * (11 * L * D + 64 * L + L * L) + 4 * (64 * L + 2 * L + 64 * D + L * D) + 16384);
-        bf16 *Q = arena.take<bf16>(L * D), *K = arena.take<bf16>(L * D), *V = arena.take<bf16>(L * D);
-        bf16 *G = arena.take<bf16>(L * D), *Qt = arena.take<bf16>(L * D), *Gt = arena.take<bf16>(L * D);
-        bf16 *Qp = arena.take<bf16>(L * D), *Gp = arena.take<bf16>(L * D), *Kt = arena.take<bf16>(L * D);
-        bf16 *P = arena.take<bf16>(32 * L), *dS = arena.take<bf16>(32 * L), *dSp = arena.take<bf16>(L * L);
-        float *S = arena.take<float>(32 * L), *dP = arena.take<float>(32 * L);
-        float *delta = arena.take<float>(L), *top = arena.take<float>(L);
-        float *dV = arena.take<float>(32 * D), *dK = arena.take<float>(32 * D), *dQ = arena.take<float>(L * D);
-        bf16 *dQ16 = arena.take<bf16>(L * D);
-        uint32_t *words = arena.take<uint32_t>(L * D / 2);
-#pragma omp for
-        for (int64_t bh = 0; bh < s.batch * s.heads; bh++) {
-            int64_t b = bh / s.heads, head = bh % s.heads, origin = b * s.length * step + head * s.width;
-            gather(q + qs.at(b, head), qs.t, Q, s.length, s.width, D);
-            gather(k + ks.at(b, head), ks.t, K, s.length, s.width, D);
-            gather(v + vs.at(b, head), vs.t, V, s.length, s.width, D);
-            gather(grad + origin, step, G, s.length, s.width, D);
-            if (b + 1 < s.batch) {
-                int64_t next = (b + 1) * s.length * step;
-                prefetch<false>(q + qs.at(b + 1, 0), qs.t, s.length, s.heads, head, s.width);
-                prefetch<false>(k + ks.at(b + 1, 0), ks.t, s.length, s.heads, head, s.width);
-                prefetch<false>(v + vs.at(b + 1, 0), vs.t, s.length, s.heads, head, s.width);
-                for (const bf16 *read : {grad, out}) prefetch<false>(read + next, step, s.length, s.heads, head, s.width);
-                for (bf16 *write : {dq, dk, dv}) prefetch<true>(write + next, step, s.length, s.heads, head, s.width);
-            }
-            pack_columns(Q, Qt, L, D);
-            pack_columns(G, Gt, L, D);
-            pack_rows(Q, Qp, L, D);
-            pack_rows(G, Gp, L, D);
-            pack_columns(K, dQ16, L, D);
-            unpack_rows(dQ16, Kt, L, D);
-            for (int64_t c = 0; c < L; c++) top[c] = INFINITY, delta[c] = 0;  // padding gets weight zero
-            for (int64_t c = 0; c < s.length; c++) {
-                const bf16 *o = out + origin + c * step, *g = G + c * D;
-                Floats sum = {};
-                sweep(s.width, [&](int64_t i, auto count) { sum += load(o + i, count) * load(g + i, count); });
-                delta[c] = sum_of(sum);
-                top[c] = lse[bh * s.length + c];
-            }
-            const float *own = bias ? bias + b * s.length : nullptr;
-            const bool blind = all_hidden(own, s.length);
-            for (int64_t j = 0; j < L; j += 32) {
-                multiply(K + j * D, Qt, S, 32, L, D);
-                if (blind) std::fill(S, S + 32 * L, 0.0f);
-                multiply(V + j * D, Gt, dP, 32, L, D);
-                for (int64_t r = 0; r < 32; r++) {
-                    bool real = j + r < s.length;
-                    float shift = !real ? -INFINITY : own && !blind ? own[j + r] : 0.0f;
-                    softmax_backward_row(S + r * L, dP + r * L, top, delta, P + r * L, dS + r * L, L, scale, shift,
-                                         rate > 0, drop, uint32_t(bh * s.length * s.length + j + r),
-                                         uint32_t(s.length));
-                }
-                multiply(P, Gp, dV, 32, D, L);
-                multiply(dS, Qp, dK, 32, D, L);
-                for (int64_t r = 0; r < std::min<int64_t>(32, s.length - j); r++) {
-                    bf16 *kk = dk + origin + (j + r) * step, *vv = dv + origin + (j + r) * step;
-                    sweep(s.width, [&](int64_t c, auto count) {
-                        store(kk + c, load(dK + r * D + c, count), count);
-                        store(vv + c, load(dV + r * D + c, count), count);
-                    });
-                }
-                for (int64_t c = 0; c < L; c += 16) {  // the j-th of L / 32 tiles of each 16 columns
-                    uint32_t *to = reinterpret_cast<uint32_t *>(dSp + (c / 16 * (L / 32) + j / 32) * TILE);
-                    for (int64_t pair = 0; pair < 16; pair++) {
-                        const bf16 *even = dS + 2 * pair * L + c, *odd = even + L;
-                        interleave(even, odd, to + pair * 16);
-                    }
-                }
-            }
-            multiply(Kt, dSp, dQ, D, L, L);
-            transpose_down(dQ, words, reinterpret_cast<uint32_t *>(dQ16), D, L);
-            for (int64_t r = 0; r < s.length; r++) std::memcpy(dq + origin + r * step, dQ16 + r * D, s.width * 2);
-        }
-        _tile_release();
+// The attention of one head, in steps.
+struct Forward {
+    const Inputs &in;
+    Arena arena;
+    bf16 *copies[3], *Kt, *Vp, *P;
+    float *S, *mask, *O, *tops, *sums;
+    const bf16 *Q = nullptr;
+    int64_t bh = 0, b = 0, head = 0, q_step = 0;
+    bool blind = false;
+
+    explicit Forward(const Inputs &in)
+        : in(in), arena(2 * (5 * in.L * in.D + in.R * in.L) + 4 * (in.R * in.L + in.L + in.R * in.D + 2 * in.R) + 8192) {
+        for (bf16 *&copy : copies) copy = arena.take<bf16>(in.L * in.D);
+        Kt = arena.take<bf16>(in.L * in.D), Vp = arena.take<bf16>(in.L * in.D), P = arena.take<bf16>(in.R * in.L);
+        S = arena.take<float>(in.R * in.L), mask = arena.take<float>(in.L), O = arena.take<float>(in.R * in.D);
+        tops = arena.take<float>(in.R), sums = arena.take<float>(in.R);
     }
+    void read(int64_t of, bf16 *out) {
+        const Shape s = in.s;
+        bh = of, b = of / s.heads, head = of % s.heads;
+        const Head q(in.q + in.qs.at(b, head), in.qs.t, copies[0], s, in.D);
+        const Head k(in.k + in.ks.at(b, head), in.ks.t, copies[1], s, in.D);
+        const Head v(in.v + in.vs.at(b, head), in.vs.t, copies[2], s, in.D);
+        in.prefetch_next(b, head);
+        if (b + 1 < s.batch) prefetch<true>(out + (b + 1) * s.length * in.step, in.step, s.length, s.heads, head, s.width);
+        Q = q.rows, q_step = q.step;
+        pack_columns(k.rows, k.step, Kt, in.L, in.D);
+        pack_rows(v.rows, v.step, Vp, in.L, in.D);
+        const float *own = in.mask_of(b, &blind);
+        for (int64_t c = 0; c < in.L; c++) mask[c] = c >= s.length ? -INFINITY : own ? own[c] : 0.0f;
+    }
+    void score(int64_t i) {
+        multiply(Q + i * q_step, q_step, Kt, S, in.R, in.L, in.D);
+        if (blind) std::fill(S, S + in.R * in.L, 0.0f);
+    }
+    void weigh(int64_t i) {
+        const int64_t L = in.L, rows = std::min(in.R, in.s.length - i), first = bh * in.s.length + i;
+        const WeightDropout drop = in.drop;
+        by_length(L, [=](auto vectors) {
+            for (int64_t r = 0; r < rows; r++) {
+                softmax_row<vectors()>(S + r * L, mask, P + r * L, L, in.scale, in.drops, drop, first + r, tops + r,
+                                       sums + r);
+            }
+        });
+    }
+    void sum() { multiply(P, in.L, Vp, O, in.R, in.D, in.L); }
+    void write(int64_t i, bf16 *out, float *lse) {
+        const int64_t rows = std::min(in.R, in.s.length - i), first = bh * in.s.length + i, D = in.D;
+        const float kept = in.drop.scale;
+        float *const tops = this->tops, *const sums = this->sums, *const O = this->O;
+        sweep(rows, [=](int64_t r, auto count) {
+            const Floats sum = load(sums + r);
+            if (lse) store(lse + first + r, load(tops + r) + logarithm(sum), count);
+            store(sums + r, kept / sum);
+        });
+        for (int64_t r = 0; r < rows; r++) {
+            bf16 *to = out + (b * in.s.length + i + r) * in.step + head * in.s.width;
+            const float by = sums[r];
+            sweep(in.s.width, [=](int64_t c, auto count) { store(to + c, load(O + r * D + c, count) * by, count); });
+        }
+    }
+};
+
+void attend(const Inputs &in, bf16 *out, float *lse, int threads) {
+    by_heads<Forward>(in, threads, [&](Forward &head, int64_t bh) {
+        head.read(bh, out);
+        for (int64_t i = 0; i < in.s.length; i += in.R) {
+            head.score(i);
+            head.weigh(i);
+            head.sum();
+            head.write(i, out, lse);
+        }
+    });
+}
+
+// Its backward pass. It works on the transposed scores, key by key, so that P and dS are left operands without being
+// transposed. out, grad, dq, dk, dv are (batch, length, heads, width), contiguous.
+struct Backward {
+    const Inputs &in;
+    Arena arena;
+    bf16 *copies[4], *Qt, *Gt, *Qp, *Gp, *Kt, *P, *dS, *dSp, *dQ16;
+    float *S, *dP, *delta, *top, *dV, *dK, *dQ;
+    uint32_t *words;
+    const bf16 *K = nullptr, *V = nullptr;
+    const float *own = nullptr;
+    int64_t bh = 0, origin = 0, k_step = 0, v_step = 0;
+    bool blind = false;
+
+    explicit Backward(const Inputs &in)
+        : in(in), arena(2 * (10 * in.L * in.D + 2 * in.R * in.L + in.L * in.L) +
+                        4 * (2 * in.R * in.L + 2 * in.L + 2 * in.R * in.D + 2 * in.L * in.D) + 16384) {
+        for (bf16 *&copy : copies) copy = arena.take<bf16>(in.L * in.D);
+        for (bf16 **packed : {&Qt, &Gt, &Qp, &Gp, &Kt, &dQ16}) *packed = arena.take<bf16>(in.L * in.D);
+        P = arena.take<bf16>(in.R * in.L), dS = arena.take<bf16>(in.R * in.L), dSp = arena.take<bf16>(in.L * in.L);
+        S = arena.take<float>(in.R * in.L), dP = arena.take<float>(in.R * in.L);
+        delta = arena.take<float>(in.L), top = arena.take<float>(in.L);
+        dV = arena.take<float>(in.R * in.D), dK = arena.take<float>(in.R * in.D), dQ = arena.take<float>(in.L * in.D);
+        words = arena.take<uint32_t>(in.L * in.D / 2);
+    }
+    void read(int64_t of, const bf16 *out, const float *lse, const bf16 *grad, bf16 *dq, bf16 *dk, bf16 *dv) {
+        const Shape s = in.s;
+        const int64_t b = of / s.heads, head = of % s.heads, next = (b + 1) * s.length * in.step;
+        bh = of, origin = b * s.length * in.step + head * s.width;
+        const Head q(in.q + in.qs.at(b, head), in.qs.t, copies[0], s, in.D);
+        const Head k(in.k + in.ks.at(b, head), in.ks.t, copies[1], s, in.D);
+        const Head v(in.v + in.vs.at(b, head), in.vs.t, copies[2], s, in.D);
+        const Head g(grad + origin, in.step, copies[3], s, in.D);
+        in.prefetch_next(b, head);
+        if (b + 1 < s.batch) {
+            for (const bf16 *x : {grad, out}) prefetch<false>(x + next, in.step, s.length, s.heads, head, s.width);
+            for (bf16 *x : {dq, dk, dv}) prefetch<true>(x + next, in.step, s.length, s.heads, head, s.width);
+        }
+        K = k.rows, k_step = k.step, V = v.rows, v_step = v.step;
+        pack_columns(q.rows, q.step, Qt, in.L, in.D);
+        pack_columns(g.rows, g.step, Gt, in.L, in.D);
+        pack_rows(q.rows, q.step, Qp, in.L, in.D);
+        pack_rows(g.rows, g.step, Gp, in.L, in.D);
+        pack_columns(k.rows, k.step, dQ16, in.L, in.D);
+        unpack_rows(dQ16, Kt, in.L, in.D);
+        for (int64_t c = 0; c < in.L; c++) top[c] = INFINITY, delta[c] = 0;  // padding gets weight zero
+        for (int64_t c = 0; c < s.length; c++) {
+            delta[c] = dot(out + origin + c * in.step, g.from(c), s.width);
+            top[c] = lse[bh * s.length + c];
+        }
+        own = in.mask_of(b, &blind);
+    }
+    void score(int64_t j) {
+        multiply(K + j * k_step, k_step, Qt, S, in.R, in.L, in.D);
+        if (blind) std::fill(S, S + in.R * in.L, 0.0f);
+        multiply(V + j * v_step, v_step, Gt, dP, in.R, in.L, in.D);
+    }
+    // The weights of two keys at a time for all queries, dropped out but not scaled for it, and the gradients of their
+    // scores, not yet scaled either.
+    void weigh(int64_t j) {
+        const int64_t L = in.L, length = in.s.length;
+        const WeightDropout drop = in.drop;
+        const Floats scale = Floats{} + in.scale, kept = Floats{} + drop.scale;
+        const bool drops = in.drops;
+        for (int64_t r = 0; r < in.R; r += 2) {
+            const float *s = S + r * L, *dp = dP + r * L;
+            bf16 *p = P + r * L, *ds = dS + r * L;
+            bf16 *pairs = dSp + (j + r) / 32 * TILE + r % 32 * 16;  // the j-th of L / 32 tiles of each 16 columns
+            float shift[2];
+            for (int64_t i = 0; i < 2; i++) shift[i] = j + r + i >= length ? -INFINITY : own ? own[j + r + i] : 0.0f;
+            for (int64_t c = 0; c < L; c += LANES, pairs += L / 32 * TILE) {
+                const Floats lse = load(top + c), mean = load(delta + c);
+                Floats x = exponential<4>(load(s + c) * scale - lse + shift[0]), dx = load(dp + c) * kept;
+                Floats y = exponential<4>(load(s + L + c) * scale - lse + shift[1]), dy = load(dp + L + c) * kept;
+                Floats px = x, py = y;
+                if (drops) {
+                    Lanes even, odd;
+                    drop.of_queries(bh * length + c, j + r, &even, &odd);
+                    px = only(even, x), dx = only(even, dx), py = only(odd, y), dy = only(odd, dy);
+                }
+                store_rows(p + c, p + L + c, px, py);
+                _mm512_storeu_si512(pairs, store_rows(ds + c, ds + L + c, x * (dx - mean), y * (dy - mean)));
+            }
+        }
+    }
+    void sum() {
+        multiply(P, in.L, Gp, dV, in.R, in.D, in.L);
+        multiply(dS, in.L, Qp, dK, in.R, in.D, in.L);
+    }
+    void write(int64_t j, bf16 *dk, bf16 *dv) {
+        const int64_t D = in.D;
+        const float *const dK = this->dK, *const dV = this->dV, scale = in.scale, kept = in.drop.scale;
+        for (int64_t r = 0; r < std::min(in.R, in.s.length - j); r++) {
+            bf16 *of_key = dk + origin + (j + r) * in.step, *of_value = dv + origin + (j + r) * in.step;
+            sweep(in.s.width, [=](int64_t c, auto count) {
+                store(of_key + c, load(dK + r * D + c, count) * scale, count);
+                store(of_value + c, load(dV + r * D + c, count) * kept, count);
+            });
+        }
+    }
+    void write_queries(bf16 *dq) {
+        multiply(Kt, in.L, dSp, dQ, in.D, in.L, in.L);
+        transpose_down(dQ, in.scale, words, reinterpret_cast<uint32_t *>(dQ16), in.D, in.L);
+        for (int64_t r = 0; r < in.s.length; r++) {
+            bf16 *to = dq + origin + r * in.step;
+            const bf16 *from = dQ16 + r * in.D;
+            sweep(in.s.width, [=](int64_t c, auto count) { std::memcpy(to + c, from + c, count * 2); });
+        }
+    }
+};
+
+void attend_backward(const Inputs &in, const bf16 *out, const float *lse, const bf16 *grad, bf16 *dq, bf16 *dk, bf16 *dv,
+                     int threads) {
+    by_heads<Backward>(in, threads, [&](Backward &head, int64_t bh) {
+        head.read(bh, out, lse, grad, dq, dk, dv);
+        for (int64_t j = 0; j < in.L; j += in.R) {
+            head.score(j);
+            head.weigh(j);
+            head.sum();
+            head.write(j, dk, dv);
+        }
+        head.write_queries(dq);
+    });
 }
 
 // ---- products with a frozen matrix that was packed once, 32 rows of x at a time ----
@@ -759,20 +1016,13 @@ void attend_backward(Shape s, const bf16 *q, Strides qs, const bf16 *k, Strides 
 constexpr int64_t DEPTH = 12;  // tiles of depth at a time: 32 rows of x and 32 columns of W fill the nearest cache
 
 // Rows of X, `count` of at most 32 and each k long, as tiles: `depth` of the first 16 rows, then of the others.
-// With `times` every number is multiplied with its own there.
-void pack_block(const bf16 *X, const bf16 *times, int64_t count, int64_t k, bf16 *to) {
+void pack_block(const bf16 *X, int64_t count, int64_t k, bf16 *to) {
     const int64_t depth = k / 32;
     for (int64_t r = 0; r < 32; r++) {
         bf16 *row = to + r / 16 * depth * TILE + r % 16 * 32;
         for (int64_t p = 0; p < depth; p++) {
-            const int64_t at = r * k + p * 32;
-            if (r >= count) std::memset(row + p * TILE, 0, 64);
-            else if (!times) std::memcpy(row + p * TILE, X + at, 64);
-            else {
-                for (int64_t half = 0; half < 32; half += LANES) {
-                    store(row + p * TILE + half, load(X + at + half) * load(times + at + half));
-                }
-            }
+            if (r < count) std::memcpy(row + p * TILE, X + r * k + p * 32, 64);
+            else std::memset(row + p * TILE, 0, 64);
         }
     }
 }
@@ -823,7 +1073,7 @@ void multiply_block(const bf16 *x, const bf16 *W, float *C, int64_t n, int64_t k
 }
 
 struct Rows {
-    const bf16 *x, *times;  // times may be null, see pack_block
+    const bf16 *x;
     int64_t rows, k;
 };
 
@@ -843,8 +1093,8 @@ void pack_factor(const bf16 *X, bf16 *to, int64_t rows, int64_t cols, bool trans
     Arena arena(2 * R * C + 1024);
     bf16 *copy = arena.take<bf16>(R * C);
     gather(X, cols, copy, rows, cols, C);
-    if (transposed) pack_columns(copy, to, R, C);
-    else pack_rows(copy, to, R, C);
+    if (transposed) pack_columns(copy, C, to, R, C);
+    else pack_rows(copy, C, to, R, C);
 }
 
 // Factors, packed for all blocks of rows.
@@ -882,7 +1132,7 @@ struct Block {
             multiply_block(x, low.first, wide, R, k, nullptr, nullptr, 0);
             for (int64_t c = 0; c < 32 * R; c += LANES) store(slim + c, load(wide + c) * low.own.scale);
             for (int64_t row = 0; row < count; row++) std::memcpy(low.own.low + (i + row) * r, slim + row * R, r * 2);
-            pack_block(slim, nullptr, 32, R, narrow);
+            pack_block(slim, 32, R, narrow);
         }
         multiply_block(x, W, C, n, k, narrow, low.second, R, adds);
     }
@@ -906,16 +1156,18 @@ void product(Rows x, const bf16 *W, int64_t n, const Factors &factors, int threa
     const int64_t k = x.k;
     const PackedFactors low(factors, k, n);
     by_blocks(x.rows, k, n, low.rank, threads, [&](Block &block, int64_t i, int64_t count) {
-        pack_block(x.x + i * k, x.times ? x.times + i * k : nullptr, count, k, block.x);
+        pack_block(x.x + i * k, count, k, block.x);
         block.multiply(W, n, k, low, i, count, false);
         for (int64_t r = 0; r < count; r++) finish(i + r, block.C + r * n, block.scratch);
     });
 }
 
-void store_row(const float *c, const bf16 *bias, bf16 *y, int64_t n) {
-    sweep(n, [&](int64_t i, auto count) {
+// y = (c + bias) * after; the last two may be null.
+void store_row(const float *c, const bf16 *bias, bf16 *y, int64_t n, const bf16 *after = nullptr) {
+    sweep(n, [=](int64_t i, auto count) {
         Floats sum = load(c + i, count);
         if (bias) sum += load(bias + i, count);
+        if (after) sum *= load(after + i, count);
         store(y + i, sum, count);
     });
 }
@@ -924,7 +1176,6 @@ void store_row(const float *c, const bf16 *bias, bf16 *y, int64_t n) {
 struct Map {
     const bf16 *W, *bias;
     bf16 *rows;         // what comes out, or goes in
-    const bf16 *times;  // of what goes in, may be null, see pack_block
     Factors factors;
 };
 
@@ -1055,8 +1306,8 @@ void attention(const bf16 *q, const bf16 *k, const bf16 *v, const int64_t *strid
                float *lse, int64_t batch, int64_t heads, int64_t length, int64_t width, float scale, float rate,
                uint64_t seed, int threads) {
     const int64_t *x = strides;
-    attend({batch, heads, length, width}, q, {x[0], x[1], x[2]}, k, {x[3], x[4], x[5]}, v, {x[6], x[7], x[8]}, bias,
-           out, lse, scale, rate, seed, threads);
+    attend({{batch, heads, length, width}, q, {x[0], x[1], x[2]}, k, {x[3], x[4], x[5]}, v, {x[6], x[7], x[8]}, bias,
+            scale, rate, seed}, out, lse, threads);
 }
 
 void attention_backward(const bf16 *q, const bf16 *k, const bf16 *v, const int64_t *strides, const float *bias,
@@ -1064,29 +1315,29 @@ void attention_backward(const bf16 *q, const bf16 *k, const bf16 *v, const int64
                         int64_t batch, int64_t heads, int64_t length, int64_t width, float scale, float rate,
                         uint64_t seed, int threads) {
     const int64_t *x = strides;
-    attend_backward({batch, heads, length, width}, q, {x[0], x[1], x[2]}, k, {x[3], x[4], x[5]}, v,
-                    {x[6], x[7], x[8]}, bias, out, lse, grad, dq, dk, dv, scale, rate, seed, threads);
+    attend_backward({{batch, heads, length, width}, q, {x[0], x[1], x[2]}, k, {x[3], x[4], x[5]}, v, {x[6], x[7], x[8]},
+                     bias, scale, rate, seed}, out, lse, grad, dq, dk, dv, threads);
 }
 
 // Packed for `product`: W' of a W (rows x cols), or W itself. Both sides are multiples of 32.
 void pack(const bf16 *W, bf16 *to, int64_t rows, int64_t cols, int transposed) {
-    if (transposed) pack_columns(W, to, rows, cols);
-    else pack_rows(W, to, rows, cols);
+    if (transposed) pack_columns(W, cols, to, rows, cols);
+    else pack_rows(W, cols, to, rows, cols);
 }
 
-// y = (x * times) W + bias, and with a rank the product of two factors, see Factors; times and bias may be null.
-void linear(const bf16 *x, const bf16 *times, const bf16 *W, const bf16 *bias, bf16 *y, int64_t rows, int64_t k,
-            int64_t n, const bf16 *first, const bf16 *second, int transposed, int64_t rank, float scale, bf16 *low,
-            int threads) {
-    product({x, times, rows, k}, W, n, {first, second, bool(transposed), rank, scale, low}, threads,
-            [=](int64_t row, const float *c, float *) { store_row(c, bias, y + row * n, n); });
+// y = (x W + bias) * after, and with a rank the product of two factors is in the sum, see Factors; bias and after may be
+// null.
+void linear(const bf16 *x, const bf16 *W, const bf16 *bias, const bf16 *after, bf16 *y, int64_t rows, int64_t k, int64_t n,
+            const bf16 *first, const bf16 *second, int transposed, int64_t rank, float scale, bf16 *low, int threads) {
+    product({x, rows, k}, W, n, {first, second, bool(transposed), rank, scale, low}, threads,
+            [=](int64_t row, const float *c, float *) { store_row(c, bias, y + row * n, n, after ? after + row * n : nullptr); });
 }
 
 // As `linear` of one x for each of several maps.
 void linear_each(const bf16 *x, const Map *maps, int64_t count, int64_t rows, int64_t k, int64_t n, int threads) {
     const PackedMaps packed(maps, count, k, n);
     by_blocks(rows, k, n, packed.rank, threads, [&](Block &block, int64_t i, int64_t here) {
-        pack_block(x + i * k, nullptr, here, k, block.x);
+        pack_block(x + i * k, here, k, block.x);
         for (int64_t m = 0; m < count; m++) {
             block.multiply(maps[m].W, n, k, packed.factors[m], i, here, false);
             for (int64_t r = 0; r < here; r++) store_row(block.C + r * n, maps[m].bias, maps[m].rows + (i + r) * n, n);
@@ -1101,7 +1352,7 @@ void linear_sum(const Map *maps, int64_t count, const bf16 *start, bf16 *y, int6
     by_blocks(rows, k, n, packed.rank, threads, [&](Block &block, int64_t i, int64_t here) {
         for (int64_t m = 0; m < count; m++) {
             const Map &map = maps[m];
-            pack_block(map.rows + i * k, map.times ? map.times + i * k : nullptr, here, k, block.x);
+            pack_block(map.rows + i * k, here, k, block.x);
             block.multiply(map.W, n, k, packed.factors[m], i, here, m > 0);
         }
         for (int64_t r = 0; r < here; r++) {
@@ -1144,7 +1395,7 @@ void sum_of_products(const bf16 *A, const bf16 *B, bf16 *out, int64_t rows, int6
 // y = GELU(x W + bias), and the slope there; bias and slope may be null.
 void linear_gelu(const bf16 *x, const bf16 *W, const bf16 *bias, bf16 *y, bf16 *slope, int64_t rows, int64_t k,
                  int64_t n, int threads) {
-    product({x, nullptr, rows, k}, W, n, {}, threads, [=](int64_t row, const float *c, float *) {
+    product({x, rows, k}, W, n, {}, threads, [=](int64_t row, const float *c, float *) {
         any_gelu_row(c, bias, y + row * n, slope ? slope + row * n : nullptr, n);
     });
 }
@@ -1154,7 +1405,7 @@ void linear_norm(const bf16 *x, const bf16 *W, const bf16 *bias, const bf16 *res
                  const bf16 *beta, bf16 *y, bf16 *normed, float *rstd, int64_t rows, int64_t k, int64_t n, float eps,
                  float rate, uint64_t seed, int threads) {
     const Dropout drop(seed, rate);
-    product({x, nullptr, rows, k}, W, n, {}, threads, [=](int64_t row, const float *c, float *scratch) {
+    product({x, rows, k}, W, n, {}, threads, [=](int64_t row, const float *c, float *scratch) {
         const int64_t at = row * n;
         float r = norm_row(c, bias, residual + at, weight, beta, y + at, normed ? normed + at : nullptr, scratch, n,
                            eps, rate > 0, drop, uint32_t(at));

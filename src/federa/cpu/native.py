@@ -43,7 +43,6 @@ class Map(ctypes.Structure):
         ("matrix", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
         ("rows", ctypes.c_void_p),
-        ("times", ctypes.c_void_p),
         ("first", ctypes.c_void_p),
         ("second", ctypes.c_void_p),
         ("transposed", ctypes.c_bool),
