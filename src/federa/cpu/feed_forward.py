@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from types import MethodType
 from typing import Any, cast
 
@@ -65,6 +66,10 @@ def feed_forward_chunk(layer: Any, attention_output: Tensor) -> Tensor:
             ends = (last.dense.bias, after.weight, after.bias, after.eps, rate)
             return cast("Tensor", FeedForward.apply(up, down, first.dense.bias, x, *ends))
     return cast("Tensor", last(first(x), x))
+
+
+# transformers asks for it at every call, and finding it out takes as long as a small kernel.
+feed_forward_chunk.__signature__ = inspect.signature(feed_forward_chunk)  # type: ignore[attr-defined]
 
 
 def join(model: nn.Module) -> None:

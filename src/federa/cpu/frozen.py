@@ -66,23 +66,31 @@ def packed(layer: nn.Linear, *inputs: Tensor) -> Packed | None:
         layer: whose matrix.
         inputs: what goes in, `(..., in)`, first, and whatever else meets the product.
     """
-    weight, library = layer.weight, native.load()
-    tensors = (weight, *inputs) if layer.bias is None else (weight, layer.bias, *inputs)
-    if (
-        not is_frozen(weight)
-        or weight.is_inference()  # which does not say when it changes
-        or weight.device.type != "cpu"
-        or any(t.dtype != torch.bfloat16 for t in tensors)
-        or any(t.shape[-1] != weight.shape[1] for t in inputs[:1])
-        or any(side % TILE for side in weight.shape)
-        or library is None
-        or not library.has_tiles()
-    ):
+    own, library = layer._parameters, native.load()  # a module's own search for them is slow
+    weight, bias = own["weight"], own["bias"]
+    if library is None or weight is None or not is_frozen(weight):
+        return None
+    if any(t.dtype is not torch.bfloat16 for t in (inputs if bias is None else (bias, *inputs))):
+        return None
+    if inputs and inputs[0].shape[-1] != weight.shape[1]:
         return None
     kept: Packed | None = layer.__dict__.get("packed")
     if kept is None or not kept.is_of(weight):
+        if not _takes(library, weight):
+            return None
         kept = layer.__dict__["packed"] = _pack(library, weight.detach())
     return kept
+
+
+def _takes(library: CDLL, weight: Tensor) -> bool:
+    """Return whether the tiles take a frozen matrix."""
+    return (
+        weight.dtype is torch.bfloat16
+        and weight.device.type == "cpu"
+        and not weight.is_inference()  # which does not say when it changes
+        and all(side % TILE == 0 for side in weight.shape)
+        and bool(library.has_tiles())
+    )
 
 
 def _pack(library: CDLL, weight: Tensor) -> Packed:
@@ -127,7 +135,7 @@ def multiply(
     bias: Tensor | None = None,
     after: Tensor | None = None,
 ) -> Tensor:
-    """Return (x matrix + bias) * after, `(..., cols)`; the matrix is one of a `Packed`, `after` of that shape."""
+    """Return (x matrix + bias) * after, `(..., cols)`; the matrix is one of a `Packed`."""
     x, bias = x.contiguous(), None if bias is None else bias.contiguous()
     y = x.new_empty(*x.shape[:-1], cols)
     shape = (x.numel() // x.shape[-1], x.shape[-1], cols)
