@@ -2,10 +2,11 @@
 
     python benchmarks/step_profile.py [--shapes 16x64 32x128] [KEY=VALUE ...]     # keys of measured_run.py
 
-One thread. The shares are those of torch's profiler over the steps of a client. The products, of the very
-shapes that the model has, are timed by that thread's own clock, in turns: the tiles alone with the packed
-matrix (rows are put in order and multiplied, and what comes out is left), with each end that the model gives
-a product of that shape, and by oneDNN, which packs the matrix at every call. Prints Markdown.
+One thread. Each call of a kernel is timed while a client takes its steps; what is left is Python, autograd
+and torch's own operations. The products, of the very shapes that the model has, are timed by that thread's
+own clock, in turns: the tiles alone with the packed matrix (rows are put in order and multiplied, and what
+comes out is left), with each end that the model gives a product of that shape, and by oneDNN, which packs
+the matrix at every call. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
-import re
+import statistics
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,6 @@ import torch
 from measured_run import recipe
 from torch import nn
 from torch.nn import functional as F
-from torch.profiler import ProfilerActivity, profile, record_function
 from turns import Way, head, in_turns, row, shown
 
 from federa.cpu import frozen, native
@@ -34,21 +36,24 @@ from federa.experiment import Experiment, build_experiment, resolve
 from federa.methods.lora import LoRALinear
 from federa.server import make_jobs
 
-KINDS = {  # by the names of what ran; the first that fits
-    "packed matrices, and what follows in the same rows": r"^Linear(Gelu|Norm|LowRank)?(Backward)?$",
-    "the factors' gradients": "^factors' gradients$",
-    "attention": "Attention",
-    "norm, GELU and dropout by themselves": "^(Norm|Gelu|Dropout|norm backward)",
-    "torch's matrix products": r"^(aten::(addmm|mm|bmm|baddbmm)_?|aten::mkldnn.*|_LowRankLinear.*)$",
-    "sums, most of them of gradients": r"^aten::(add_?|sum)$",
-    "optimizer": "adamw|Optimizer",
-    "all else": "",
+KINDS = {  # of the kernels' functions
+    "products, and the factors beside them": ("linear", "linear_each", "linear_sum"),
+    "products with GELU and its slope": ("linear_gelu",),
+    "products with dropout, residual and norm": ("linear_norm",),
+    "attention, there": ("attention", "attention_one_bf16", "attention_one_f32"),
+    "attention, back": ("attention_backward", "attention_one_backward_bf16", "attention_one_backward_f32"),
+    "the norms' gradients": ("norm_backward_bf16", "norm_backward_f32"),
+    "the factors' gradients": ("sum_of_products",),
+    "norm, GELU and dropout by themselves": (
+        *("norm_bf16", "norm_f32", "gelu_bf16", "gelu_f32", "dropout_bf16", "dropout_f32"),
+    ),
 }
+REST = "Python, autograd, torch's operations"
 # The product without its end; the kernels themselves have no use for it.
 ALONE = """
 #include "{source}"
 extern "C" void alone(const bf16 *x, const bf16 *W, int64_t rows, int64_t k, int64_t n) {{
-    product({{x, nullptr, rows, k}}, W, n, nullptr, 1, [](int64_t, const float *, float *) {{}});
+    product({{x, rows, k}}, W, n, {{}}, 1, [](int64_t, const float *, float *) {{}});
 }}
 """
 PEAK_SIDE = 2048
@@ -61,24 +66,45 @@ def build(folder: Path, batch: int, tokens: int, steps: int, changes: dict[str, 
     return build_experiment(resolve(recipe(folder, {**few, **shape, **changes}, examples=steps * batch)))
 
 
-def shares(experiment: Experiment) -> tuple[float, dict[str, float]]:
-    """Return the seconds of a client's steps under the profiler, and the share of each kind."""
+def milliseconds(experiment: Experiment, repeats: int) -> list[dict[str, float]]:
+    """Return the milliseconds of each kind in a step, for each of some jobs of the same client."""
     job = make_jobs(experiment.config, 1, [len(part) for part in experiment.parts])[0]
     experiment.train_client(experiment.params, job)  # warms up
-    with profile(activities=[ProfilerActivity.CPU]) as profiled:
-        experiment.train_client(experiment.params, job)
-    spent: dict[str, float] = defaultdict(float)
-    for event in profiled.key_averages():
-        kind = next(kind for kind, names in KINDS.items() if re.search(names, event.key))
-        spent[kind] += event.self_cpu_time_total / 1e6
-    total = sum(spent.values())
-    return total, {kind: spent[kind] / total for kind in KINDS}
+    found = []
+    for _ in range(repeats):
+        with timed_kernels() as spent:
+            began = time.perf_counter()
+            update = experiment.train_client(experiment.params, job)
+            whole = time.perf_counter() - began
+        steps = update.metrics["steps"]
+        of = {kind: sum(spent[name] for name in names) for kind, names in KINDS.items()}
+        of[REST] = whole - sum(of.values())
+        found.append({kind: 1e3 * seconds / steps for kind, seconds in of.items()})
+    return found
 
 
-def name_what_is_called() -> None:
-    """Let the profiler see apart what the backward passes of products call."""
-    for function, name in (("_sum_of_products", "factors' gradients"), ("norm_backward", "norm backward")):
-        setattr(frozen, function, record_function(name)(getattr(frozen, function)))
+@contextmanager
+def timed_kernels() -> Iterator[dict[str, float]]:
+    """Add up the seconds that are spent in each function of the kernels."""
+    library, spent = native.load(), defaultdict(float)
+    names = [name for kind in KINDS.values() for name in kind] if library is not None else []
+    plain = {name: getattr(library, name) for name in names if hasattr(library, name)}
+
+    def timed(name: str) -> Callable[..., None]:
+        def call(*args: object) -> None:
+            began = time.perf_counter()
+            plain[name](*args)
+            spent[name] += time.perf_counter() - began
+
+        return call
+
+    for name in plain:
+        setattr(library, name, timed(name))
+    try:
+        yield spent
+    finally:
+        for name, function in plain.items():
+            setattr(library, name, function)
 
 
 def ends_of(model: nn.Module) -> dict[tuple[int, int], set[str]]:
@@ -128,7 +154,7 @@ def products(
     norm = (residual, scale, beta, 1e-12, 0.1)
     ways: dict[str, Way] = {
         "tiles alone": lambda: library.alone(x.data_ptr(), matrix.forward.data_ptr(), rows, depth, width),
-        "bias": lambda: frozen._multiply(kernels, x, matrix.forward, width, bias=bias),
+        "bias": lambda: frozen.multiply(kernels, x, matrix.forward, width, bias=bias),
         "factors": lambda: frozen._multiply_low_rank(kernels, x, *low, transposed=True),
         "GELU and its slope": lambda: frozen.LinearGelu.apply(matrix, trained, bias),
         "dropout, norm": lambda: frozen.LinearNorm.apply(matrix, trained, bias, *norm),
@@ -141,24 +167,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("changes", nargs="*", metavar="KEY=VALUE")
     parser.add_argument("--shapes", nargs="+", default=["16x64", "32x128"], help="batch x tokens")
-    parser.add_argument("--steps", type=int, default=5, help="under the profiler")
-    parser.add_argument("--repeats", type=int, default=7, help="of each product, and 20 calls in each")
+    parser.add_argument("--steps", type=int, default=5, help="of a client")
+    parser.add_argument("--repeats", type=int, default=7, help="of a client, and of 20 calls of each product")
     asked = parser.parse_args()
     changes = {key: json.loads(value) for key, value in (word.split("=", 1) for word in asked.changes)}
     torch.set_num_threads(1)
     keep_freed_memory()
-    name_what_is_called()
     with tempfile.TemporaryDirectory() as scratch:
         for shape in asked.shapes:
             batch, tokens = map(int, shape.split("x"))
             experiment = build(Path(scratch), batch, tokens, asked.steps, changes)
-            total, of = shares(experiment)
-            print(
-                f"\n{batch} x {tokens} tokens: {1e3 * total / asked.steps:.0f} ms a step under the profiler\n"
-            )
-            print(head("kind", "share"))
-            print("\n".join(row(kind, f"{share:.1%}") for kind, share in of.items()))
+            show_kinds(f"{batch} x {tokens} tokens", milliseconds(experiment, asked.repeats))
             show_products(Path(scratch), experiment, batch * tokens, asked.repeats)
+
+
+def show_kinds(shape: str, found: Sequence[dict[str, float]]) -> None:
+    """Print where the time of a step goes."""
+    whole = [sum(of.values()) for of in found]
+    print(f"\n{shape}, a step: {shown(whole, 1)} ms\n\n{head('kind', 'ms', 'share')}")
+    for kind in found[0]:
+        own = [of[kind] for of in found]
+        share = statistics.median(part / of for part, of in zip(own, whole, strict=True))
+        print(row(kind, shown(own, 1), f"{share:.1%}"))
 
 
 def show_products(scratch: Path, experiment: Experiment, rows: int, repeats: int) -> None:

@@ -1162,14 +1162,22 @@ void product(Rows x, const bf16 *W, int64_t n, const Factors &factors, int threa
     });
 }
 
-// y = (c + bias) * after; the last two may be null.
-void store_row(const float *c, const bf16 *bias, bf16 *y, int64_t n, const bf16 *after = nullptr) {
+template <bool with_bias, bool with_after>
+void store_row(const float *c, const bf16 *bias, const bf16 *after, bf16 *y, int64_t n) {
     sweep(n, [=](int64_t i, auto count) {
         Floats sum = load(c + i, count);
-        if (bias) sum += load(bias + i, count);
-        if (after) sum *= load(after + i, count);
+        if (with_bias) sum += load(bias + i, count);
+        if (with_after) sum *= load(after + i, count);
         store(y + i, sum, count);
     });
+}
+
+// y = (c + bias) * after; the last two may be null.
+void store_row(const float *c, const bf16 *bias, const bf16 *after, bf16 *y, int64_t n) {
+    if (bias && after) store_row<true, true>(c, bias, after, y, n);
+    else if (bias) store_row<true, false>(c, bias, after, y, n);
+    else if (after) store_row<false, true>(c, bias, after, y, n);
+    else store_row<false, false>(c, bias, after, y, n);
 }
 
 // One of several products that share what goes in or what comes out.
@@ -1330,7 +1338,7 @@ void pack(const bf16 *W, bf16 *to, int64_t rows, int64_t cols, int transposed) {
 void linear(const bf16 *x, const bf16 *W, const bf16 *bias, const bf16 *after, bf16 *y, int64_t rows, int64_t k, int64_t n,
             const bf16 *first, const bf16 *second, int transposed, int64_t rank, float scale, bf16 *low, int threads) {
     product({x, rows, k}, W, n, {first, second, bool(transposed), rank, scale, low}, threads,
-            [=](int64_t row, const float *c, float *) { store_row(c, bias, y + row * n, n, after ? after + row * n : nullptr); });
+            [=](int64_t row, const float *c, float *) { store_row(c, bias, after ? after + row * n : nullptr, y + row * n, n); });
 }
 
 // As `linear` of one x for each of several maps.
@@ -1340,7 +1348,7 @@ void linear_each(const bf16 *x, const Map *maps, int64_t count, int64_t rows, in
         pack_block(x + i * k, here, k, block.x);
         for (int64_t m = 0; m < count; m++) {
             block.multiply(maps[m].W, n, k, packed.factors[m], i, here, false);
-            for (int64_t r = 0; r < here; r++) store_row(block.C + r * n, maps[m].bias, maps[m].rows + (i + r) * n, n);
+            for (int64_t r = 0; r < here; r++) store_row(block.C + r * n, maps[m].bias, nullptr, maps[m].rows + (i + r) * n, n);
         }
     });
 }
@@ -1357,7 +1365,7 @@ void linear_sum(const Map *maps, int64_t count, const bf16 *start, bf16 *y, int6
         }
         for (int64_t r = 0; r < here; r++) {
             const int64_t at = (i + r) * n;
-            store_row(block.C + r * n, start ? start + at : nullptr, y + at, n);
+            store_row(block.C + r * n, start ? start + at : nullptr, nullptr, y + at, n);
         }
     });
 }
