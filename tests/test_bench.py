@@ -38,6 +38,13 @@ def measured(engine, best="serial"):
     return result
 
 
+def test_the_share_is_that_of_the_product_in_the_same_turn():
+    result = Bench(2, "fused", "serial", step_flops=1e9, step_seconds=0.5)
+    result.peaks = [Timing("bf16", {}, (4e9, 8e9, 4e9))]
+    result.precisions = [Timing("bf16", {}, (10.0, 20.0, 20.0))]  # half a second is of the median: 10 a step
+    assert result.shares("bf16") == [0.25, 0.25, 0.5]
+
+
 def stub(monkeypatch, best="serial"):
     monkeypatch.setattr(module, "bench", lambda config, *_: measured(config.engine.name, best))
 
@@ -49,7 +56,7 @@ def test_everything_is_measured_and_written_on_request(recipe_file, capsys):
     assert recipe_file.read_text() == before
     for word in (
         "GFLOP/s",
-        "of the peak",
+        "of that product's pace",
         "engine serial",
         "engine stacked",
         "batch of 8",
@@ -200,7 +207,7 @@ def test_freed_memory_is_kept_from_the_first_timing_on(recipe, monkeypatch):
         done.append("timed")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "_peaks", stop)
+    monkeypatch.setattr(module, "_interleaved", stop)
     with pytest.raises(KeyboardInterrupt):
         bench(configure(recipe), print, 1)
     assert done == ["kept", "timed"]

@@ -30,6 +30,7 @@ GEMM_SIDE = 2048
 PRECISIONS = ("fp32", "bf16")
 BATCH_SIZES = (8, 16, 32, 64)
 Say = Callable[[str], None]
+Rival = tuple[Mapping[str, Any], Callable[[], float]]  # the keys that choose it, and a run that gives a rate
 
 
 def _product_flops(_: Any, one: Sequence[int], other: Sequence[int], **__: Any) -> int:
@@ -69,7 +70,7 @@ class Bench:
         cores: that this process may use.
         kernels: `fused`, or why the compiled kernels are not in use.
         engine: the name of the recipe's own.
-        peaks: of matrix products, by precision, on one thread.
+        peaks: of matrix products, by precision, on one thread, in turns with the local steps.
         step_flops: floating-point operations in matrix products of a local step, the mean of those timed.
         step_seconds: of such a step, on one thread.
         precisions: examples a second of one worker.
@@ -89,9 +90,15 @@ class Bench:
     batches: list[Timing] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
 
-    def peak(self, precision: str) -> float:
-        """Return the measured peak of a precision, in floating-point operations a second."""
-        return next(timing.rate for timing in self.peaks if timing.name == precision)
+    def shares(self, precision: str) -> list[float]:
+        """Return a local step's operations a second over those of the product in the same turn."""
+        product, step = (
+            next(timing for timing in timings if timing.name == precision)
+            for timings in (self.peaks, self.precisions)
+        )
+        examples = self.step_seconds * step.rate
+        pairs = zip(product.rates, step.rates, strict=True)
+        return [self.step_flops * step / examples / product for product, step in pairs]
 
     def best(self) -> dict[str, Any]:
         """Return the dotted keys of the fastest precision and engine.
@@ -144,17 +151,18 @@ def bench(config: RunConfig, say: Say, repeats: int = 5) -> Bench:
         torch.set_num_threads(1)
         if on_cpu:
             keep_freed_memory()  # as every engine does: what is timed before the first one opens, too
-        say("matrix products")
-        out.peaks = _peaks(torch.device(config.device), repeats)
-        say("local steps, both precisions")
+        say("matrix products and local steps, both precisions")
         experiments = {
             precision: build_experiment(config.replace(**{"client.precision": precision}))
             for precision in PRECISIONS
         }
-        out.precisions = _interleaved(
-            {p: ({"client.precision": p}, _worker(e, _rows(e, config))) for p, e in experiments.items()},
-            repeats,
-        )
+        products = _products(torch.device(config.device))
+        steps = {
+            f"step {p}": ({"client.precision": p}, _worker(e, _rows(e, config)))
+            for p, e in experiments.items()
+        }
+        timings = [replace(t, name=t.name.split()[-1]) for t in _interleaved({**products, **steps}, repeats)]
+        out.peaks, out.precisions = timings[: len(products)], timings[len(products) :]
         chosen = experiments[max(out.precisions, key=lambda timing: timing.rate).name]
         out.step_flops, examples = _step(chosen)
         out.step_seconds = examples / max(timing.rate for timing in out.precisions)
@@ -174,7 +182,9 @@ def bench(config: RunConfig, say: Say, repeats: int = 5) -> Bench:
     return out
 
 
-def _peaks(device: torch.device, repeats: int) -> list[Timing]:
+def _products(device: torch.device) -> dict[str, Rival]:
+    """Return a product of matrices in each precision, to be timed."""
+
     def product(dtype: torch.dtype) -> Callable[[], float]:
         a, b = (torch.randn(GEMM_SIDE, GEMM_SIDE, device=device).to(dtype) for _ in range(2))
 
@@ -186,12 +196,10 @@ def _peaks(device: torch.device, repeats: int) -> list[Timing]:
         return run
 
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    return _interleaved({name: ({}, product(dtype)) for name, dtype in dtypes.items()}, repeats)
+    return {f"product {name}": ({}, product(dtype)) for name, dtype in dtypes.items()}
 
 
-def _interleaved(
-    rivals: Mapping[str, tuple[Mapping[str, Any], Callable[[], float]]], repeats: int, *, warm: bool = False
-) -> list[Timing]:
+def _interleaved(rivals: Mapping[str, Rival], repeats: int, *, warm: bool = False) -> list[Timing]:
     """Run every rival once unless they are warm, then all in turn, so that a slow minute hits them alike."""
     rates: dict[str, list[float]] = {name: [] for name in rivals}
     for turn in range(repeats + (not warm)):
@@ -330,11 +338,11 @@ def lines(result: Bench, config: RunConfig) -> Iterator[tuple[str, str]]:
     for timing in result.peaks:
         yield f"matrix product {timing.name}, one thread", f"{_spread(timing, 1e9)} GFLOP/s"
     precision = str(result.best()["client.precision"])
-    share = result.step_flops / result.step_seconds / result.peak(precision)
+    shares = result.shares(precision)
     yield (
         f"local step of {config.client.batch_size}, {precision}, one thread",
         f"{1e3 * result.step_seconds:.0f} ms for {result.step_flops / 1e9:.1f} GFLOP:"
-        f" {share:.0%} of the peak",
+        f" {median(shares):.0%} ({min(shares):.0%}-{max(shares):.0%}) of that product's pace",
     )
     groups: Sequence[tuple[str, list[Timing]]] = (
         ("precision", result.precisions),
