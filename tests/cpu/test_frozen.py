@@ -281,6 +281,28 @@ def test_a_matrix_that_changed_is_packed_anew(how: str) -> None:
     assert distance(made(x), F.linear(x, made.weight, made.bias)) < 1e-2
 
 
+def test_a_matrix_that_was_packed_is_not_taken_for_another() -> None:
+    x = torch.randn(4, 64).bfloat16()
+    made = layer(64, 64)
+    assert frozen.packed(made, x) is not None
+    assert frozen.packed(made, x.float()) is None, "other numbers go in"
+    with native.without():
+        assert frozen.packed(made, x) is None
+    made.weight.requires_grad_()
+    assert frozen.packed(made, x) is None, "it trains"
+    made.weight.requires_grad_(requires_grad=False)
+    weight = torch.randn(64, 64).bfloat16()
+    out = torch.func.functional_call(made, {"weight": weight}, (x,))
+    assert torch.equal(out, F.linear(x, weight, made.bias))
+    made.bias.data = made.bias.data.float()
+    assert frozen.packed(made, x) is None
+    made.bias.data = made.bias.data.bfloat16()
+    made.weight.data = made.weight.data.t()
+    assert distance(made(x), F.linear(x, made.weight, made.bias)) < 1e-2
+    nn.utils.parametrizations.weight_norm(made)
+    assert distance(made(x), F.linear(x, made.weight, made.bias)) < 1e-2
+
+
 def test_what_the_tiles_do_not_take_is_left_to_torch() -> None:
     x = torch.randn(4, 64)
     for made in (

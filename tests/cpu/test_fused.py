@@ -15,7 +15,13 @@ from federa.seeds import torch_seeded
 
 DTYPES = [torch.float32, torch.bfloat16]
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.2e-2}  # relative to the norm; bf16 keeps 8 bits
-WIDTHS = [384, 100, 16, 7]  # whole vectors, a rest, one vector, less than one
+WIDTHS = [
+    384,
+    100,
+    67,
+    16,
+    7,
+]  # whole vectors, a rest, rows that start at odd numbers, one vector, less than one
 
 
 @pytest.fixture
@@ -162,8 +168,8 @@ def test_dropout_depends_on_the_seed_alone(library: CDLL) -> None:
     assert not torch.equal(drawn[0], drawn[2])
 
 
-@pytest.mark.parametrize("length", [64, 33, 1, 128, 200])
-@pytest.mark.parametrize("width", [32, 64, 24])
+@pytest.mark.parametrize("length", [64, 33, 1, 96, 128, 200])
+@pytest.mark.parametrize("width", [32, 64, 24, 96])
 @pytest.mark.parametrize("rate", [0.0, 0.2])
 def test_attention(library: CDLL, length: int, width: int, rate: float, threads: int) -> None:
     if not library.has_tiles():
@@ -195,20 +201,56 @@ def test_attention(library: CDLL, length: int, width: int, rate: float, threads:
         )
 
 
-def test_attention_is_the_same_for_any_number_of_threads_and_lets_nan_through(library: CDLL) -> None:
+@pytest.mark.parametrize("length", [40, 96, 200])
+def test_attention_is_the_same_for_any_number_of_threads(library: CDLL, length: int) -> None:
     if not library.has_tiles():
         pytest.skip("this processor has no bf16 matrix tiles")
-    q, k, v = torch.randn(3, 4, 3, 40, 32).bfloat16()
+    tensors = [leaf(4, 3, length, 32, dtype=torch.bfloat16) for _ in range(3)]
     results = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
         with torch_seeded(1):
-            results.append(fused.Attention.apply(library, q, k, v, None, 0.2, 0.1))
-    assert torch.equal(*results)
-    v[2, 1, 5, 0] = float("nan")
-    y = fused.Attention.apply(library, q, k, v, None, 0.2, 0.0)
-    assert y[2, :, 1].isnan().any()
-    assert not y[1].isnan().any()
+            y = fused.Attention.apply(library, *tensors, None, 0.2, 0.1)
+        results.append((y, *torch.autograd.grad(y, tensors, torch.ones_like(y))))
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("broken", [0, 1, 2], ids=["query", "key", "value"])
+def test_attention_lets_nan_through(library: CDLL, broken: int) -> None:
+    if not library.has_tiles():
+        pytest.skip("this processor has no bf16 matrix tiles")
+    tensors = [leaf(4, 3, 40, 32, dtype=torch.bfloat16) for _ in range(3)]
+    with torch.no_grad():
+        tensors[broken][2, 1, 5, 0] = float("nan")
+    y = fused.Attention.apply(library, *tensors, None, 0.2, 0.0)
+    found = torch.autograd.grad(y, tensors, torch.ones_like(y))
+    with torch.no_grad():
+        doubles = [t.double() for t in tensors]
+    for t in doubles:
+        t.requires_grad_()
+    q, k, v = doubles
+    truth = ((q @ k.transpose(2, 3) * 0.2).softmax(-1) @ v).transpose(1, 2)
+    expected = torch.autograd.grad(truth, doubles, torch.ones_like(truth))
+    for ours, theirs in zip((y, *found), (truth, *expected), strict=True):
+        assert torch.equal(ours.isnan(), theirs.isnan())
+
+
+@pytest.mark.parametrize("step", [97, 98], ids=["odd", "even"])
+def test_attention_reads_heads_wherever_they_lie(library: CDLL, step: int) -> None:
+    if not library.has_tiles():
+        pytest.skip("this processor has no bf16 matrix tiles")
+    batch, heads, length, width = 2, 3, 64, 32
+    rows = torch.randn(3, batch, length, step).bfloat16()[..., 1:]  # heads side by side, off by one number
+    apart = [t[..., : heads * width].unflatten(-1, (heads, width)).transpose(1, 2) for t in rows]
+    results = []
+    for way in (apart, [t.contiguous() for t in apart]):
+        tensors = [t.detach().requires_grad_() for t in way]
+        with torch_seeded(3):
+            y = fused.Attention.apply(library, *tensors, None, 0.2, 0.1)
+        results.append((y, *torch.autograd.grad(y, tensors, torch.ones_like(y))))
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
+import platform
 import shutil
 import stat
 from pathlib import Path
 
 import pytest
+import torch
 
 from federa.cpu import native
 
@@ -187,3 +190,29 @@ def test_switched_off_is_quiet(
         assert native.load() is None
     assert caplog.text == ""
     assert native.status() == "FEDERA_KERNELS=off"
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="of x86-64's levels")
+def test_a_processor_with_fewer_instructions_drops_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "avx2" not in native._processor():
+        pytest.skip("this processor cannot run the other library")
+    flags = [flag for flag in native.FLAGS if not flag.startswith("-march")]
+    library = tmp_path / "older.so"
+    command = [*native._compiler(), *flags, "-march=x86-64-v3", str(native.SOURCE), "-o", str(library)]
+    done = native._run(command)
+    assert done.returncode == 0, done.stderr
+    older, ours = ctypes.CDLL(str(library)), native.load()
+    if ours is None:
+        pytest.skip(str(native.status()))
+    older.dropout_f32.argtypes, older.gelu_bf16.argtypes = ours.dropout_f32.argtypes, ours.gelu_bf16.argtypes
+    x = torch.randn(5000)
+    made = [torch.empty_like(x) for _ in range(2)]
+    for own, y in zip((older, ours), made, strict=True):
+        own.dropout_f32(x.data_ptr(), y.data_ptr(), len(x), 0.3, 12345678912345, 1)
+    assert torch.equal(*made)
+    wide = torch.linspace(-9, 9, 4800).bfloat16()
+    slope, out = torch.empty_like(wide), torch.empty_like(wide)
+    older.gelu_bf16(wide.data_ptr(), None, out.data_ptr(), slope.data_ptr(), 10, 480, 1)
+    assert torch.allclose(out.float(), torch.nn.functional.gelu(wide.float()), atol=1e-3, rtol=8e-3)

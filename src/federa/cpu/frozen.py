@@ -48,7 +48,9 @@ class Packed:
 
     def is_of(self, weight: Tensor) -> bool:
         """Return whether this still is what a matrix holds."""
-        return bool(self.weight.data_ptr() == weight.data_ptr() and self.version == weight._version)
+        kept = self.weight
+        same = kept.data_ptr() == weight.data_ptr() and self.version == weight._version
+        return bool(same and kept.dtype is weight.dtype and kept.stride() == weight.stride())
 
 
 def is_frozen(tensor: Tensor) -> bool:
@@ -67,7 +69,7 @@ def packed(layer: nn.Linear, *inputs: Tensor) -> Packed | None:
         inputs: what goes in, `(..., in)`, first, and whatever else meets the product.
     """
     own, library = layer._parameters, native.load()  # a module's own search for them is slow
-    weight, bias = own["weight"], own["bias"]
+    weight, bias = own.get("weight"), own.get("bias")  # a parametrised one is elsewhere
     if library is None or weight is None or not is_frozen(weight):
         return None
     if any(t.dtype is not torch.bfloat16 for t in (inputs if bias is None else (bias, *inputs))):

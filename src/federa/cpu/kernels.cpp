@@ -54,7 +54,7 @@ inline Floats load(const bf16 *from, int64_t count = LANES) {
 // One truth value a lane.
 #ifdef __AVX512BW__
 typedef __mmask16 Lanes;
-inline Lanes as_lanes(Ints truth) { return _mm512_movepi32_mask((__m512i)truth); }
+inline Lanes as_lanes(Ints truth) { return _mm512_test_epi32_mask((__m512i)truth, (__m512i)truth); }
 inline Floats only(Lanes lanes, Floats x) { return (Floats)_mm512_maskz_mov_ps(lanes, (__m512)x); }
 #else
 typedef Ints Lanes;
@@ -126,7 +126,8 @@ inline Floats logarithm(Floats x) {
     Ints exponent = ((Ints)x - 0x3f3504f3) >> 23;                // so that what is left is between sqrt(1/2) and sqrt(2)
     Floats m = (Floats)((Ints)x - (exponent << 23)), z = (m - 1.0f) / (m + 1.0f), square = z * z;
     Floats series = ((square * (1.0f / 9) + 1.0f / 7) * square + 0.2f) * square + 1.0f / 3;
-    return __builtin_convertvector(exponent, Floats) * 0.69314718f + 2.0f * (z + z * square * series);
+    Floats found = __builtin_convertvector(exponent, Floats) * 0.69314718f + 2.0f * (z + z * square * series);
+    return x < INFINITY ? found : x;  // which is not so of what is not a number
 }
 
 // Which elements are dropped: a function of the seed and an element's index. A random word serves two neighbours, with 16
@@ -729,12 +730,12 @@ struct WeightDropout : Dropout {
 
     // Which of 32 keys of a query are kept; the first one is even.
     __mmask32 of_keys(int64_t query, int64_t key) const {
-        const Words words = hash(lane + uint32_t(query * L + key) / 2);
+        const Words words = hash(lane + uint32_t((query * L + key) / 2));
         return _mm512_cmpge_epu16_mask((__m512i)words, _mm512_set1_epi16(short(threshold)));
     }
     // Which of 16 queries keep an even key, and which the next one.
     void of_queries(int64_t query, int64_t key, Lanes *even, Lanes *odd) const {
-        const Words words = hash(lane * uint32_t(L / 2) + uint32_t(query * L + key) / 2);
+        const Words words = hash(lane * uint32_t(L / 2) + uint32_t((query * L + key) / 2));
         const __m512i least = _mm512_set1_epi32(int(threshold << 16));
         *even = _mm512_cmpge_epu32_mask((__m512i)(words << 16), least);
         *odd = _mm512_cmpge_epu32_mask((__m512i)words, least);
