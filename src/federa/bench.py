@@ -30,7 +30,8 @@ GEMM_SIDE = 2048
 PRECISIONS = ("fp32", "bf16")
 BATCH_SIZES = (8, 16, 32, 64)
 Say = Callable[[str], None]
-Rival = tuple[Mapping[str, Any], Callable[[], float]]  # the keys that choose it, and a run that gives a rate
+# A name, the keys that choose it, and a run that gives a rate.
+Rival = tuple[str, Mapping[str, Any], Callable[[], float]]
 
 
 def _product_flops(_: Any, one: Sequence[int], other: Sequence[int], **__: Any) -> int:
@@ -157,22 +158,19 @@ def bench(config: RunConfig, say: Say, repeats: int = 5) -> Bench:
             for precision in PRECISIONS
         }
         products = _products(torch.device(config.device))
-        steps = {
-            f"step {p}": ({"client.precision": p}, _worker(e, _rows(e, config)))
-            for p, e in experiments.items()
-        }
-        timings = [replace(t, name=t.name.split()[-1]) for t in _interleaved({**products, **steps}, repeats)]
+        steps = [(p, {"client.precision": p}, _worker(e, _rows(e, config))) for p, e in experiments.items()]
+        timings = _interleaved([*products, *steps], repeats)
         out.peaks, out.precisions = timings[: len(products)], timings[len(products) :]
         chosen = experiments[max(out.precisions, key=lambda timing: timing.rate).name]
         out.step_flops, examples = _step(chosen)
         out.step_seconds = examples / max(timing.rate for timing in out.precisions)
         say("batch sizes")
         out.batches = _interleaved(
-            {
-                str(size): ({"client.batch_size": size}, _worker(chosen, _rows(chosen, config, size), size))
+            [
+                (str(size), {"client.batch_size": size}, _worker(chosen, _rows(chosen, config, size), size))
                 for size in BATCH_SIZES
                 if size <= len(chosen.train)
-            },
+            ],
             repeats,
         )
         say("engines")
@@ -182,7 +180,7 @@ def bench(config: RunConfig, say: Say, repeats: int = 5) -> Bench:
     return out
 
 
-def _products(device: torch.device) -> dict[str, Rival]:
+def _products(device: torch.device) -> list[Rival]:
     """Return a product of matrices in each precision, to be timed."""
 
     def product(dtype: torch.dtype) -> Callable[[], float]:
@@ -196,18 +194,18 @@ def _products(device: torch.device) -> dict[str, Rival]:
         return run
 
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
-    return {f"product {name}": ({}, product(dtype)) for name, dtype in dtypes.items()}
+    return [(name, {}, product(dtype)) for name, dtype in dtypes.items()]
 
 
-def _interleaved(rivals: Mapping[str, Rival], repeats: int, *, warm: bool = False) -> list[Timing]:
+def _interleaved(rivals: Sequence[Rival], repeats: int, *, warm: bool = False) -> list[Timing]:
     """Run every rival once unless they are warm, then all in turn, so that a slow minute hits them alike."""
-    rates: dict[str, list[float]] = {name: [] for name in rivals}
+    rates: list[list[float]] = [[] for _ in rivals]
     for turn in range(repeats + (not warm)):
-        for name, (_, run) in rivals.items():
+        for own, (_, _, run) in zip(rates, rivals, strict=True):
             rate = run()
             if warm or turn:
-                rates[name].append(rate)
-    return [Timing(name, changes, tuple(rates[name])) for name, (changes, _) in rivals.items()]
+                own.append(rate)
+    return [Timing(name, keys, tuple(own)) for own, (name, keys, _) in zip(rates, rivals, strict=True)]
 
 
 def _rows(experiment: Experiment, config: RunConfig, batch_size: int | None = None) -> np.ndarray[Any, Any]:
@@ -311,7 +309,8 @@ def _engines(experiment: Experiment, repeats: int) -> tuple[list[Timing], dict[s
 
         return run
 
-    rivals, left_out = {}, {}
+    rivals: list[Rival] = []
+    left_out: dict[str, str] = {}
     with ExitStack() as stack, _client(experiment, _short(config.client)):
         for engine in _candidates(config, cores):
             keys = _keys(engine)
@@ -325,8 +324,8 @@ def _engines(experiment: Experiment, repeats: int) -> tuple[list[Timing], dict[s
             except (FederaError, RoundFailedError) as error:
                 left_out[name] = str(error)
             else:
-                rivals[name] = keys, run
-        if config.engine.name not in {keys["engine.name"] for keys, _ in rivals.values()}:
+                rivals.append((name, keys, run))
+        if config.engine.name not in {keys["engine.name"] for _, keys, _ in rivals}:
             left_out.setdefault(config.engine.name, "not measured here; --write leaves it in the recipe")
         return _interleaved(rivals, repeats, warm=True), left_out
 
