@@ -44,8 +44,8 @@ KINDS = {  # of the kernels' functions
     "attention, back": ("attention_backward", "attention_one_backward_bf16", "attention_one_backward_f32"),
     "the norms' gradients": ("norm_backward_bf16", "norm_backward_f32"),
     "the factors' gradients": ("sum_of_products",),
-    "norm, GELU and dropout by themselves": (
-        *("norm_bf16", "norm_f32", "gelu_bf16", "gelu_f32", "dropout_bf16", "dropout_f32"),
+    "norm, GELU and dropout by themselves": tuple(
+        f"{name}_{numbers}" for name in ("norm", "gelu", "dropout") for numbers in ("bf16", "f32")
     ),
 }
 REST = "Python, autograd, torch's operations"

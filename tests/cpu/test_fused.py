@@ -15,13 +15,8 @@ from federa.seeds import torch_seeded
 
 DTYPES = [torch.float32, torch.bfloat16]
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1.2e-2}  # relative to the norm; bf16 keeps 8 bits
-WIDTHS = [
-    384,
-    100,
-    67,
-    16,
-    7,
-]  # whole vectors, a rest, rows that start at odd numbers, one vector, less than one
+# Whole vectors, a rest, rows that start at odd numbers, one vector, less than one.
+WIDTHS = [384, 100, 67, 16, 7]
 
 
 @pytest.fixture
@@ -30,6 +25,14 @@ def library() -> CDLL:
     if found is None:
         pytest.skip(f"no compiled kernels: {native.status()}")
     return found
+
+
+@pytest.fixture
+def tiles(library: CDLL) -> CDLL:
+    """The kernels, where they have matrix tiles."""
+    if not library.has_tiles():
+        pytest.skip("this processor has no bf16 matrix tiles")
+    return library
 
 
 @pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
@@ -171,19 +174,17 @@ def test_dropout_depends_on_the_seed_alone(library: CDLL) -> None:
 @pytest.mark.parametrize("length", [64, 33, 1, 96, 128, 200])
 @pytest.mark.parametrize("width", [32, 64, 24, 96])
 @pytest.mark.parametrize("rate", [0.0, 0.2])
-def test_attention(library: CDLL, length: int, width: int, rate: float, threads: int) -> None:
-    if not library.has_tiles():
-        pytest.skip("this processor has no bf16 matrix tiles")
+def test_attention(tiles: CDLL, length: int, width: int, rate: float, threads: int) -> None:
     batch, heads = 3, 2
     tensors = [leaf(batch, length, heads, width, dtype=torch.bfloat16) for _ in range(3)]
     q, k, v = (t.transpose(1, 2) for t in tensors)
     mask = torch.zeros(batch, length)
     mask[1, length // 2 + 1 :] = torch.finfo(torch.bfloat16).min
     with torch_seeded(4):
-        y = fused.Attention.apply(library, q, k, v, mask, width**-0.5, rate)
+        y = fused.Attention.apply(tiles, q, k, v, mask, width**-0.5, rate)
     with torch_seeded(4):
         whole = torch.ones(batch, heads, length, (length + 31) // 32 * 32)  # as long as rows of tiles
-        kept = fused.Dropout.apply(library, whole, rate)[..., :length].double()
+        kept = fused.Dropout.apply(tiles, whole, rate)[..., :length].double()
     grad = torch.randn_like(y)
     y.backward(grad)
     doubles = doubled(*tensors)
@@ -202,34 +203,26 @@ def test_attention(library: CDLL, length: int, width: int, rate: float, threads:
 
 
 @pytest.mark.parametrize("length", [40, 96, 200])
-def test_attention_is_the_same_for_any_number_of_threads(library: CDLL, length: int) -> None:
-    if not library.has_tiles():
-        pytest.skip("this processor has no bf16 matrix tiles")
+def test_attention_is_the_same_for_any_number_of_threads(tiles: CDLL, length: int) -> None:
     tensors = [leaf(4, 3, length, 32, dtype=torch.bfloat16) for _ in range(3)]
     results = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
         with torch_seeded(1):
-            y = fused.Attention.apply(library, *tensors, None, 0.2, 0.1)
+            y = fused.Attention.apply(tiles, *tensors, None, 0.2, 0.1)
         results.append((y, *torch.autograd.grad(y, tensors, torch.ones_like(y))))
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("broken", [0, 1, 2], ids=["query", "key", "value"])
-def test_attention_lets_nan_through(library: CDLL, broken: int) -> None:
-    if not library.has_tiles():
-        pytest.skip("this processor has no bf16 matrix tiles")
+def test_attention_lets_nan_through(tiles: CDLL, broken: int) -> None:
     tensors = [leaf(4, 3, 40, 32, dtype=torch.bfloat16) for _ in range(3)]
     with torch.no_grad():
         tensors[broken][2, 1, 5, 0] = float("nan")
-    y = fused.Attention.apply(library, *tensors, None, 0.2, 0.0)
+    y = fused.Attention.apply(tiles, *tensors, None, 0.2, 0.0)
     found = torch.autograd.grad(y, tensors, torch.ones_like(y))
-    with torch.no_grad():
-        doubles = [t.double() for t in tensors]
-    for t in doubles:
-        t.requires_grad_()
-    q, k, v = doubles
+    q, k, v = doubles = doubled(*tensors)
     truth = ((q @ k.transpose(2, 3) * 0.2).softmax(-1) @ v).transpose(1, 2)
     expected = torch.autograd.grad(truth, doubles, torch.ones_like(truth))
     for ours, theirs in zip((y, *found), (truth, *expected), strict=True):
@@ -237,9 +230,7 @@ def test_attention_lets_nan_through(library: CDLL, broken: int) -> None:
 
 
 @pytest.mark.parametrize("step", [97, 98], ids=["odd", "even"])
-def test_attention_reads_heads_wherever_they_lie(library: CDLL, step: int) -> None:
-    if not library.has_tiles():
-        pytest.skip("this processor has no bf16 matrix tiles")
+def test_attention_reads_heads_wherever_they_lie(tiles: CDLL, step: int) -> None:
     batch, heads, length, width = 2, 3, 64, 32
     rows = torch.randn(3, batch, length, step).bfloat16()[..., 1:]  # heads side by side, off by one number
     apart = [t[..., : heads * width].unflatten(-1, (heads, width)).transpose(1, 2) for t in rows]
@@ -247,7 +238,7 @@ def test_attention_reads_heads_wherever_they_lie(library: CDLL, step: int) -> No
     for way in (apart, [t.contiguous() for t in apart]):
         tensors = [t.detach().requires_grad_() for t in way]
         with torch_seeded(3):
-            y = fused.Attention.apply(library, *tensors, None, 0.2, 0.1)
+            y = fused.Attention.apply(tiles, *tensors, None, 0.2, 0.1)
         results.append((y, *torch.autograd.grad(y, tensors, torch.ones_like(y))))
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)

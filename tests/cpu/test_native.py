@@ -193,9 +193,7 @@ def test_switched_off_is_quiet(
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="of x86-64's levels")
-def test_a_processor_with_fewer_instructions_drops_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_processor_with_fewer_instructions_drops_the_same(tmp_path: Path) -> None:
     if "avx2" not in native._processor():
         pytest.skip("this processor cannot run the other library")
     flags = [flag for flag in native.FLAGS if not flag.startswith("-march")]
