@@ -51,6 +51,7 @@ inline Floats load(const bf16 *from, int64_t count = LANES) {
     std::memcpy(&bits, from, count * 2);
     return (Floats)(widened(bits) << 16);
 }
+
 // One truth value a lane.
 #ifdef __AVX512BW__
 typedef __mmask16 Lanes;
@@ -123,7 +124,7 @@ template <int degree = 6> inline Floats exponential(Floats x) {
 
 // log of normal numbers, to 1e-7 of 1 or relative: the series of atanh, whose argument is at most 0.172.
 inline Floats logarithm(Floats x) {
-    Ints exponent = ((Ints)x - 0x3f3504f3) >> 23;                // so that what is left is between sqrt(1/2) and sqrt(2)
+    Ints exponent = ((Ints)x - 0x3f3504f3) >> 23;  // so that what is left is between sqrt(1/2) and sqrt(2)
     Floats m = (Floats)((Ints)x - (exponent << 23)), z = (m - 1.0f) / (m + 1.0f), square = z * z;
     Floats series = ((square * (1.0f / 9) + 1.0f / 7) * square + 0.2f) * square + 1.0f / 3;
     Floats found = __builtin_convertvector(exponent, Floats) * 0.69314718f + 2.0f * (z + z * square * series);
@@ -150,6 +151,12 @@ struct Dropout {
         x *= 0x846ca68bu;
         return x ^ x >> 16;
     }
+#ifdef __AVX512BW__
+    // Which of the 32 elements of 16 words are kept.
+    inline __mmask32 keeps(Words words) const {
+        return _mm512_cmpge_epu16_mask((__m512i)words, _mm512_set1_epi16(short(threshold)));
+    }
+#endif
     // Which of 16 elements are kept.
     inline Lanes keeps(uint32_t first) const {
         const Words element = lane + first, word = hash(element >> 1);
@@ -159,7 +166,7 @@ struct Dropout {
     inline void keeps(uint32_t first, Lanes kept[2]) const {
         const Words words = hash(lane + first / 2);
 #ifdef __AVX512BW__
-        const __mmask32 all = _mm512_cmpge_epu16_mask((__m512i)words, _mm512_set1_epi16(short(threshold)));
+        const __mmask32 all = keeps(words);
         kept[0] = Lanes(all), kept[1] = Lanes(all >> 16);
 #else
         Halves numbers[2];
@@ -730,8 +737,7 @@ struct WeightDropout : Dropout {
 
     // Which of 32 keys of a query are kept; the first one is even.
     __mmask32 of_keys(int64_t query, int64_t key) const {
-        const Words words = hash(lane + uint32_t((query * L + key) / 2));
-        return _mm512_cmpge_epu16_mask((__m512i)words, _mm512_set1_epi16(short(threshold)));
+        return keeps(hash(lane + uint32_t((query * L + key) / 2)));
     }
     // Which of 16 queries keep an even key, and which the next one.
     void of_queries(int64_t query, int64_t key, Lanes *even, Lanes *odd) const {
