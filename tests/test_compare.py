@@ -20,7 +20,7 @@ from federa.checkpoint import RunDirectory
 from federa.compare import ALL, Comparison, compare_methods, terminal_tables, time_estimate
 from federa.compare.execute import jobs_for
 from federa.compare.grid import Grid, Setting
-from federa.compare.tables import COLUMNS, latex, markdown
+from federa.compare.tables import COLUMNS, latex, markdown, overall_lines
 from federa.config import parse_config
 from federa.methods import METHODS
 from federa.types import FederaError, RoundFailedError
@@ -323,10 +323,34 @@ def test_tables_hold_mean_spread_and_paired_difference(done):
     assert f"{gaps.mean():+.1f} ± {gaps.std(ddof=1):.1f}" in lora
     assert f"{(gaps > 0).sum() + 0.5 * (gaps == 0).sum():g} of 2" in lora
     assert [title for title, _ in outcome.tables][-1] == ALL
-    whole = text[text.index(ALL) :]
-    lora = next(line for line in whole.splitlines() if line.startswith("| lora"))
-    every = [100 * float(r["metric"]) for r in rows_of(folder) if r["method"] == "lora"]
-    assert f"| {np.mean(every):.1f} |" in lora
+    whole = [line.strip("| ").split(" | ") for line in text[text.index(ALL) :].splitlines() if "|" in line]
+    table = {first: dict(zip(whole[0][1:], cells, strict=True)) for first, *cells in whole[2:8]}
+    every = {
+        m: [100 * float(r["metric"]) for r in rows_of(folder) if r["method"] == m] for m in ("federa", "lora")
+    }
+    assert table["mean"] == {m: f"{np.mean(scores):.1f}" for m, scores in every.items()}
+    gaps = np.subtract(*every.values())
+    assert table["federa minus it"]["lora"] == f"{gaps.mean():+.1f} ± {gaps.std(ddof=1):.1f}"
+    assert table["wins"]["lora"] == f"{(gaps > 0).sum() + 0.5 * (gaps == 0).sum():g} of 4"
+    iid = next(cells for setting, cells in table.items() if ", iid, " in setting)
+    assert iid["lora"] == f"{np.mean(other):.1f} ± {np.std(other, ddof=1):.1f}"
+
+
+def test_a_method_that_failed_in_a_setting_has_no_mean_over_all():
+    rows = [
+        {"method": method, "setting": setting, "seed": 0, "status": status, "metric": 0.5}
+        for method, setting, status in [
+            ("federa", "a", "done"),
+            ("federa", "b", "done"),
+            ("lora", "a", "done"),
+            ("lora", "b", "failed"),
+        ]
+    ]
+    assert overall_lines(rows, ["federa", "lora"], {})[1:4] == [
+        ["a", "50.0", "50.0"],
+        ["b", "50.0", "failed"],
+        ["mean", "50.0", ""],
+    ]
 
 
 @pytest.mark.parametrize("width", [60, 80, 200])
@@ -342,9 +366,9 @@ def test_tables_read_well_at_any_width(done, width):
         assert all(word in text for line in lines for cell in line for word in cell.split())
         assert all(cell in text for line in lines[1:] for cell in line)
         assert [
-            column.header for table in tables for column in table.columns if column.header != "method"
+            column.header for table in tables for column in table.columns if column.header != lines[0][0]
         ] == (lines[0][1:])
-        assert all(table.columns[0].header == "method" for table in tables)
+        assert all(table.columns[0].header == lines[0][0] for table in tables)
         assert len(tables) == 1 or width < 200
 
 
@@ -365,7 +389,7 @@ def test_costs_to_shares_of_the_references_best(done):
     _, _, outcome, _ = done
     assert {one.target.split(" of")[0] for one in outcome.reached} == {"80%", "90%", "95%"}
     for one in outcome.reached:
-        assert "federa's best" in one.target, "ft is not among the methods: the first one stands for it"
+        assert "FeDeRA's best" in one.target, "ft is not among the methods: the first one stands for it"
         cells = [r for r in outcome.rows if (r["setting"], r["method"]) == (one.setting, one.method)]
         best = {
             r["seed"]: r["best"]
@@ -431,7 +455,7 @@ def test_a_seed_has_the_references_best_with_it_for_a_target(recipe, tmp_path, m
         ("100", "federa"): (2, 2, 2.0),
         ("100", "lora"): (0, 2, None),
     }, "seed 2, with which the reference failed, has no target"
-    assert "federa's best with the same seed" in (tmp_path / "out" / "table.md").read_text()
+    assert "FeDeRA's best with the same seed" in (tmp_path / "out" / "table.md").read_text()
 
 
 def test_signs_of_the_formats_are_escaped():

@@ -95,7 +95,7 @@ def make_pairs(settings: Any = SETTINGS, methods: Any = ("lora", "ft")) -> list[
 
 
 def make_reached(settings: Any = SETTINGS) -> list[Reached]:
-    target = "90 % of ft's best (0.61)"
+    target = "90 % of full fine-tuning's best (0.61)"
     return [
         entry
         for where in settings
@@ -131,7 +131,7 @@ def test_the_page_says_who_leads_and_by_how_much(tmp_path: Path) -> None:
         "+6.0 to +8.0",
         "Partition of seed 0",
         "Its partition is the one of dirichlet 0.1.",
-        "dirichlet 1: 90 % of ft's best (0.61)",
+        "dirichlet 1: 90 % of full fine-tuning's best (0.61)",
         "not reached",
         "2 of 3",
         "Recipe: dirichlet 0.1",
@@ -262,7 +262,7 @@ def test_what_it_costs(tmp_path: Path) -> None:
     table = facts(grid, grid.setting(SETTINGS[0]))
     assert rows_of(table)["LoRA"] == ["0.001", "12 k", "1 %", "3 MB", "3.00 s", "5", "60.0 · 61.0 · 62.0"]
     table = to_target(grid, make_reached())
-    assert table.groups[3] == "dirichlet 1: 90 % of ft's best (0.61)"
+    assert table.groups[3] == "dirichlet 1: 90 % of full fine-tuning's best (0.61)"
     assert table.best == {(row, column) for row in (0, 3) for column in (1, 2, 3)}
     assert rows_of(table)["LoRA"] == ["4.3", "13 MB", "9.50 s", "3 of 3"]
     assert rows_of(table)["full fine-tuning"] == ["not reached", "–", "–", "2 of 3"]

@@ -32,6 +32,7 @@ from federa.machine import available_cores
 from federa.plan import make_plan
 from federa.progress import readable_seconds
 from federa.report import GridCell, Pair, Reached, write_grid_report
+from federa.report.cells import method_name
 from federa.state import write_atomically
 from federa.statistics import cost_to, mean_cost, paired
 from federa.types import FederaError
@@ -305,7 +306,7 @@ def _reached(
             continue
         metric, level = setting.config.task.primary, sum(best.values()) / len(best)
         for share in comparison.grid.targets:
-            target = f"{share:.0%} of {reference}'s best ({share * level:.3f})"
+            target = f"{share:.0%} of {method_name(reference)}'s best ({share * level:.3f})"
             for method in comparison.grid.methods:
                 costs = [
                     cost_to(
@@ -333,7 +334,8 @@ def _write(comparison: Comparison, folder: Path, cells: Sequence[Cell], outcome:
     write_csv(folder / "cells.csv", outcome.rows)
     tables = list(outcome.tables)
     if outcome.reached:
-        title = f"Cost to a share of {comparison.reference}'s best with the same seed (its mean over seeds)"
+        name = method_name(comparison.reference)
+        title = f"Cost to a share of {name}'s best with the same seed (its mean over seeds)"
         tables.append((title, reached_lines(outcome.reached)))
     text = "\n".join(f"## {title}\n\n{markdown(lines)}" for title, lines in tables)
     write_atomically(folder / "table.md", text.encode())

@@ -98,21 +98,26 @@ def setting_lines(rows: Sequence[Row], methods: Sequence[str], pairs: Mapping[st
 
 
 def overall_lines(rows: Sequence[Row], methods: Sequence[str], pairs: Mapping[str, Pair]) -> Lines:
-    """Return a header and one line a method, over settings: every score, their mean, and the difference."""
+    """Return a header and a line a setting, a column a method; then their mean, and paired differences."""
+    scores: dict[tuple[str, str], list[float]] = {}
     settings = list(dict.fromkeys(row["setting"] for row in rows))
-    lines = [["method", *settings, "mean", f"{methods[0]} minus it", "95 % interval", "wins"]]
+    for row in rows:
+        if row["status"] == "done":
+            scores.setdefault((row["setting"], row["method"]), []).append(row["metric"])
+    lines = [["setting", *methods]]
+    for setting in settings:
+        cells = [scores.get((setting, method)) for method in methods]
+        lines.append([setting, *(mean_spread(cell) if cell else "failed" for cell in cells)])
+    means = []
     for method in methods:
-        scores = [
-            [
-                r["metric"]
-                for r in rows
-                if (r["setting"], r["method"], r["status"]) == (setting, method, "done")
-            ]
-            for setting in settings
-        ]
-        whole = f"{100 * float(np.mean([np.mean(one) for one in scores])):.1f}" if all(scores) else ""
-        shown = [mean_spread(one) if one else "failed" for one in scores]
-        lines.append([method, *shown, whole, *_pair_words(pairs.get(method))])
+        own = [scores.get((setting, method)) for setting in settings]
+        known = [float(np.mean(one)) for one in own if one]
+        # A mean over fewer settings would stand beside means over all of them.
+        means.append(mean_spread([float(np.mean(known))]) if len(known) == len(own) else "")
+    lines.append(["mean", *means])
+    told = [_pair_words(pairs.get(method)) for method in methods]
+    titles = [f"{methods[0]} minus it", "95 % interval", "wins"]
+    lines += [[title, *words] for title, words in zip(titles, zip(*told, strict=True), strict=True)]
     return lines
 
 
