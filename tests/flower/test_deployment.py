@@ -26,7 +26,7 @@ from federa.split import split
 from running import federa, same, steady
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
-NODES = 4
+NODES = 3
 REASONS = {  # what a node that is turned away says, and what the server says
     "unknown-key": ("the server does not know this node", "it has no key of a node of this federation"),
     "other-ca": ("the server's certificate is refused", "no TLS with it (tlsv1 alert unknown ca)"),
