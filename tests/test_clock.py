@@ -71,6 +71,28 @@ def test_steps_bound_what_a_client_trains(recipe, tmp_path):
     assert spent.compute == pytest.approx(8 * each), "one batch of eight, whatever the client's size"
 
 
+def test_an_example_of_several_rows_costs_several(recipe, tmp_path):
+    """Questions about long texts are windows: seconds are a window's, and so are what a client trains on."""
+    one = run(configure(recipe, rounds=1), tmp_path / "run")
+    fast = Device(up=1e9, down=1e9, latency=0)
+    (before,) = replay(tmp_path / "run", fast, compute=1.0).spent
+    file = tmp_path / "run" / "partition.json"
+    held = json.loads(file.read_text())
+    assert held["client_rows"] == held["client_sizes"], "a text is a row"
+    file.write_text(json.dumps({**held, "client_rows": [3 * rows for rows in held["client_rows"]]}))
+    (after,) = replay(tmp_path / "run", fast, compute=1.0).spent
+    assert after.compute == 3 * before.compute and one.records[0]["examples"] > 0
+
+
+def test_a_seed_that_failed_did_not_reach_the_target():
+    def plays(method, seed, score):
+        return Replay(method, "here", seed, {1: score}, [Spent(10.0, 10.0, 0.0, 0.0, 0.0)])
+
+    runs = [plays("ft", seed, 0.8) for seed in range(3)] + [plays("lora", 0, 0.8)]
+    rows = {row["method"]: row for row in time_to_targets(runs, (0.9,))}
+    assert (rows["lora"]["reached"], rows["lora"]["seeds"], rows["lora"]["seconds"]) == (1, 3, None)
+
+
 def test_faster_machines_and_links_take_less(recipe, tmp_path):
     run(configure(recipe, rounds=2), tmp_path / "run")
     slow = replay(tmp_path / "run", SLOW).spent[-1]

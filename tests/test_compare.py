@@ -4,6 +4,8 @@ import csv
 import io
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,8 +15,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from rich.console import Console
+from safetensors.torch import save_file
 
 from federa.checkpoint import RunDirectory
 from federa.compare import ALL, Comparison, compare_methods, terminal_tables, time_estimate
@@ -22,7 +26,9 @@ from federa.compare.execute import jobs_for
 from federa.compare.grid import Grid, Setting
 from federa.compare.tables import COLUMNS, latex, markdown, overall_lines
 from federa.config import parse_config
+from federa.data.datasets import read_splits
 from federa.methods import METHODS
+from federa.state import load_state
 from federa.types import FederaError, RoundFailedError
 from running import alive, federa, short_reports
 from small import small_recipe
@@ -109,6 +115,90 @@ def test_tuning_never_sees_the_test_set_and_its_choice_is_used(done):
             assert used["client"]["lr"] == best and used["data"]["evaluate_on"] == "test"
 
 
+@pytest.mark.parametrize("validation", ["of its own", "of train"])
+def test_where_runs_are_judged_on_validation_rates_are_not(recipe, tmp_path, train_csv, validation):
+    header, *rows = train_csv.read_text().splitlines()
+    for name, part in (("train", rows[:-40]), ("validation", rows[-40:])):
+        (tmp_path / f"{name}.csv").write_text("\n".join([header, *part]))
+    data = {**recipe["data"], "train": str(tmp_path / "train.csv"), "evaluate_on": "validation"}
+    if validation == "of its own":
+        data["validation"] = str(tmp_path / "validation.csv")
+    else:
+        data["validation_fraction"] = 0.2
+    made = comparison({**recipe, "data": data}, tmp_path, skews=None)
+    setting = made.settings[0]
+    cell, tuning = (
+        read_splits(one.config.data, one.config.task)
+        for one in (made.cell(setting, "lora", 0, 1e-3), made.tuning(setting, "lora", 1e-3, 1))
+    )
+    judged, chosen, trained = (
+        set(table["text"]) for table in (cell.evaluation, tuning.evaluation, tuning.train)
+    )
+    assert judged and chosen and not chosen & judged and not chosen & trained and not trained & judged
+    assert chosen | trained == set(cell.train["text"])
+
+
+def test_what_was_chosen_stays_though_a_run_that_failed_would_not_again(recipe, tmp_path, monkeypatch):
+    from federa.compare import execute
+
+    def judged(config, folder):
+        if folder.parts[-3] != "tune":
+            return run_cell(config, folder)
+        if config.client.lr == 1e-2 and troubled:
+            return None, "the machine was out of memory"
+        summary, wrong = run_cell(config, folder)
+        return {**summary, "final": config.client.lr}, wrong  # the larger the better
+
+    run_cell, troubled = execute.run_cell, True
+    monkeypatch.setattr(execute, "run_cell", judged)
+    made = comparison(recipe, tmp_path, methods="lora", seeds="0", skews=None)
+    (row,) = compare_methods(made, tmp_path / "out", lambda line: None).rows
+    assert row["lr"] == 1e-6
+    troubled = False
+    assert compare_methods(made, tmp_path / "out", lambda line: None).rows == [row]
+    more = comparison(recipe, tmp_path, methods="lora", seeds="0", skews=None, lrs={"lora": "1e-2,1e-6,1e-7"})
+    with pytest.raises(FederaError, match=r"client\.lr=1e-06, not 0\.01; compare into another directory"):
+        compare_methods(more, tmp_path / "out", lambda line: None)
+
+
+def test_a_score_that_is_no_number_is_not_the_best(recipe, tmp_path, monkeypatch):
+    from federa.compare import execute
+
+    finals = {1e-2: 0.5, 1e-3: float("nan"), 1e-4: 0.9, 1e-5: 0.1}
+
+    def judged(config, folder):
+        summary, wrong = run_cell(config, folder)
+        tuned = folder.parts[-3] == "tune"
+        return {**summary, "final": finals[config.client.lr] if tuned else 0.5}, wrong
+
+    run_cell = execute.run_cell
+    monkeypatch.setattr(execute, "run_cell", judged)
+    rates = {"lora": "1e-2,1e-3,1e-4,1e-5"}
+    made = comparison(recipe, tmp_path, methods="lora", seeds="0", skews=None, lrs=rates)
+    assert compare_methods(made, tmp_path / "out", lambda line: None).rows[0]["lr"] == 1e-4
+
+
+def test_what_no_one_foresaw_is_one_runs_failure(recipe, tmp_path, monkeypatch):
+    from federa.compare import execute
+
+    def breaks(config, folder, **options):
+        if config.method.name == "federa":
+            raise RuntimeError("no memory left\non the device")
+        return run(config, folder, **options)
+
+    run, said = execute.run, []
+    monkeypatch.setattr(execute, "run", breaks)
+    made = comparison(recipe, tmp_path, seeds="0", skews=None, lrs=None)
+    rows = compare_methods(made, tmp_path / "out", said.append).rows
+    assert [row["status"] for row in rows] == ["failed", "done"]
+    told = tmp_path / "out" / "cells" / made.settings[0].slug / "federa-seed0-error.txt"
+    assert f"federa-seed0: RuntimeError: no memory left (all of it: {told})" in said[0]
+    assert "Traceback" in told.read_text()
+    monkeypatch.undo()
+    assert all(row["status"] == "done" for row in compare_methods(made, tmp_path / "out", said.append).rows)
+    assert not told.exists()
+
+
 def test_finished_cells_are_not_run_again(done):
     made, folder, outcome, _ = done
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("result.json")}
@@ -119,8 +209,6 @@ def test_finished_cells_are_not_run_again(done):
 
 
 def test_a_cell_that_is_missing_is_run_and_nothing_else(done, tmp_path):
-    import shutil
-
     made, folder, outcome, _ = done
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
@@ -306,6 +394,10 @@ def test_the_number_of_runs_at_a_time(recipe, engine, asked, expected, monkeypat
         jobs_for(side_by_side.replace(**{"engine.clients": None}), 3)
     threads = parse_config({**recipe, "engine": {"name": "serial", "threads": 4}})
     assert jobs_for(threads, None) == 1
+    monkeypatch.setattr("federa.compare.execute.pick_device", lambda name: torch.device("cuda"))
+    serial = parse_config({**recipe, "engine": {"name": "serial"}})
+    assert jobs_for(serial, None) == 1, "one GPU is not for as many runs as there are cores"
+    assert jobs_for(serial, 3) == 3
 
 
 # What is said
@@ -351,6 +443,12 @@ def test_a_method_that_failed_in_a_setting_has_no_mean_over_all():
         ["b", "50.0", "failed"],
         ["mean", "50.0", ""],
     ]
+    rows += [{**row, "seed": 1} for row in rows]
+    rows[-1] |= {"status": "done"}
+    assert overall_lines(rows, ["federa", "lora"], {})[2:4] == [
+        ["b", "50.0 ± 0.0", "50.0 (1 of 2)"],
+        ["mean", "50.0", ""],
+    ], "a mean over fewer seeds is no match for others'"
 
 
 @pytest.mark.parametrize("width", [60, 80, 200])
@@ -381,7 +479,7 @@ def test_the_files_open_in_what_they_are_for(done):
     assert (
         "FeDeRA" in page
         and "LoRA" in page
-        and "http" not in page.split("<body")[1].split("<details")[0].replace("http://www.w3.org", "")
+        and not re.search(r"(src|href|url\()\W{0,2}http|@import|<link|<script[^>]* src", page)
     )
 
 
@@ -459,7 +557,8 @@ def test_a_seed_has_the_references_best_with_it_for_a_target(recipe, tmp_path, m
 
 
 def test_signs_of_the_formats_are_escaped():
-    lines = [["a|b", "5 % & _x"], ["± #", "$"]]
+    lines = [["a|b", "5 % & _x"], ["± #", "$"], ["a^b~c", r"{\d}"]]
+    assert r"a\textasciicircum{}b\textasciitilde{}c & \{\textbackslash{}d\}" in latex(lines)
     assert r"a\|b" in markdown(lines)
     assert r"5 \% \& \_x" in latex(lines) and r"$\pm$ \# & \$" in latex(lines)
 
@@ -493,6 +592,9 @@ def test_every_run_of_an_estimate_has_its_start(recipe, tmp_path, monkeypatch):
     # 4 runs, and 2 of half the rounds; each starts in 4 seconds: what federa made was there for the next.
     assert time_estimate(made, said.append) == 4 * (4 + 10) + 2 * (4 + 5)
     assert [line.split(": ")[-1] for line in said] == ["14.0 s a run"] * 2
+    # Three at a time: both rates, and when they are known, three runs and one more.
+    monkeypatch.setattr("federa.compare.jobs_for", lambda config, asked: 3)
+    assert time_estimate(made, said.append) == (4 + 5) + 2 * (4 + 10)
 
 
 # How it is asked for
@@ -599,8 +701,6 @@ def test_a_skew_takes_the_place_of_a_natural_one(recipe, tmp_path, skew):
 
 
 def test_another_recipe_precision_or_engine_wants_another_folder(done, recipe, tmp_path):
-    import shutil
-
     _, folder, _, _ = done
     shutil.copytree(folder, tmp_path / "out")
     before = {p: p.read_bytes() for p in (tmp_path / "out").rglob("*") if p.is_file()}
@@ -663,6 +763,21 @@ def test_other_data_behind_a_failed_run_are_noticed(recipe, tmp_path, train_csv,
         compare_methods(made, tmp_path / "out", lambda line: None)
 
 
+def test_another_model_in_the_same_folder_is_noticed(recipe, tmp_path):
+    shutil.copytree(recipe["model"]["name"], tmp_path / "model")
+    recipe["model"] = {**recipe["model"], "name": str(tmp_path / "model")}
+    options = {"skews": None, "lrs": None, "seeds": "0"}
+    compare_methods(
+        comparison(recipe, tmp_path, methods="lora", **options), tmp_path / "out", lambda line: None
+    )
+    weights, _ = load_state(tmp_path / "model" / "model.safetensors")
+    name = next(name for name in weights if name.endswith("query.weight"))
+    save_file({**weights, name: -weights[name]}, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    made = comparison(recipe, tmp_path, methods="lora,bitfit", **options)
+    with pytest.raises(FederaError, match=r"lora-seed0 and .*bitfit-seed0 .* not run on the same model"):
+        compare_methods(made, tmp_path / "out", lambda line: None)
+
+
 def test_a_mistake_leaves_no_folder_that_remembers_it(recipe, tmp_path, capsys):
     path = write({**recipe, "rounds": 1, "engine": {"name": "serial", "threads": 640}}, tmp_path / "r.yaml")
     (tmp_path / "out").mkdir()
@@ -693,7 +808,9 @@ def _dies(recipe, folder):
     [
         ({"methods": "federa,lorra"}, "did you mean 'lora'"),
         ({"methods": "lora,lora"}, "different methods"),
-        ({"methods": ""}, "different methods"),
+        ({"methods": ""}, "grid.methods: expected at least one"),
+        ({"seeds": ""}, "grid.seeds: expected at least one"),
+        ({"targets": "0.9,0.9"}, "different targets"),
         ({"seeds": "0,x"}, r"grid\.seeds.*integer"),
         ({"seeds": "1,1"}, "different seeds"),
         ({"lrs": {"ft": "1e-3"}}, "'ft' is not among the methods federa, lora"),
@@ -713,6 +830,32 @@ def test_mistakes_are_named(recipe, tmp_path, changes, message):
     with pytest.raises(FederaError, match=message) as error:
         comparison(recipe, tmp_path, **changes)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words", "message"),
+    [
+        ({}, ["seed=7"], "seed: a comparison has several; give --seeds"),
+        ({}, ["method.name=ft"], "method.name: a comparison has several; give --methods"),
+        ({"target": 0.8}, [], "target: a run of a comparison does not stop early"),
+        ({"data": {"evaluate_on": "held_out"}}, [], "data.evaluate_on=held_out: rates are tuned on it"),
+    ],
+)
+def test_what_a_comparison_settles_itself_is_not_for_its_recipe(recipe, tmp_path, changes, words, message):
+    changes = {key: {**recipe[key], **value} if key == "data" else value for key, value in changes.items()}
+    with pytest.raises(FederaError, match=message):
+        Comparison.load([write({**recipe, **changes}, tmp_path / "recipe.yaml")], words)
+
+
+def test_rates_of_the_command_line_join_those_of_the_file(recipe, tmp_path):
+    grid = {"methods": ["federa", "lora", "ft"], "lrs": {"federa": [1e-3], "lora": [1e-3], "ft": [1e-4]}}
+    path = write({**recipe, "grid": grid}, tmp_path / "recipe.yaml")
+    made = Comparison.load([path], [], {"lrs": {"lora": "2e-3,4e-3"}})
+    assert made.grid.lrs == {"federa": (1e-3,), "lora": (2e-3, 4e-3), "ft": (1e-4,)}
+    fewer = Comparison.load([path], [], {"methods": "federa,lora"})
+    assert fewer.grid.lrs == {"federa": (1e-3,), "lora": (1e-3,)}
+    with pytest.raises(FederaError, match="'ft' is not among the methods"):
+        Comparison.load([path], [], {"methods": "federa,lora", "lrs": {"ft": "1e-4"}})
 
 
 @pytest.mark.parametrize(
@@ -741,12 +884,15 @@ def test_a_grid_in_one_of_several_recipes_is_not_dropped(recipe, tmp_path):
         Comparison.load([outer])
 
 
-def test_a_folder_that_is_something_else_is_left_alone(recipe, tmp_path):
+def test_a_folder_that_is_something_else_is_left_alone(recipe, tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
     with pytest.raises(FederaError, match="is no comparison"):
         compare_methods(comparison(recipe, tmp_path), tmp_path / "out", lambda line: None)
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["mine.txt"]
+    path = write(recipe, tmp_path / "recipe.yaml")
+    monkeypatch.setattr("federa.compare.time_estimate", lambda *args: pytest.fail("that takes long"))
+    assert federa("compare", path, "--out", tmp_path / "out") == 2
 
 
 def test_a_plan_counts_every_run(recipe, tmp_path):

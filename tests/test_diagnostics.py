@@ -9,8 +9,8 @@ import torch
 
 from federa import diagnostics
 from federa.diagnostics import diagnose
-from federa.types import RoundFailedError
-from running import build, federa, loop
+from federa.engines import Serial
+from running import build, federa, jobs_of, loop
 
 A, B = "layer.q.lora_A", "layer.q.lora_B"
 
@@ -153,10 +153,16 @@ def test_rejected_updates_are_left_out(recipe, tmp_path, monkeypatch):
         "diagnose",
         lambda params, deltas, *rest: seen.append(len(deltas)) or real(params, deltas, *rest),
     )
-    config = build(recipe, diagnostics=True, max_update_norm=1e-9, min_success=0.0).config
-    with pytest.raises(RoundFailedError):
-        loop.run(config, tmp_path / "run")
-    assert seen == []
+    experiment = build(recipe, diagnostics=True, rounds=1, min_success=0.1)
+    with Serial().open(experiment) as session:
+        updates = list(session.train(experiment.params, jobs_of(experiment)))
+    norms = sorted(
+        math.sqrt(sum(float(t.double().square().sum()) for t in u.delta.values())) for u in updates
+    )
+    between = (norms[-2] + norms[-1]) / 2  # the longest update is refused
+    config = experiment.config.replace(max_update_norm=between)
+    result = loop.run(config, tmp_path / "run")
+    assert seen == [result.records[0]["clients"]] == [len(updates) - 1]
 
 
 def test_a_resumed_run_has_the_same_lines(recipe, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import json
 import math
 import re
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -158,14 +159,27 @@ def test_results_mark_the_best_and_say_how_many_seeds(tmp_path: Path) -> None:
     assert rows_of(table) == {
         "FeDeRA": ["68.0", "63.0 ± 1.0", "73.0 ± 1.0"],
         "LoRA": ["–", "–", "71.0 ± 1.0"],
-        "full fine-tuning": ["61.0", "56.0 ± 1.0", "66.0 ± 1.4 (2 of 3)"],
+        "full fine-tuning": ["–", "56.0 ± 1.0", "66.0 ± 1.4 (2 of 3)"],
     }
-    assert table.best == {(0, 1), (0, 2), (0, 3)}
+    assert table.best == {(0, 2), (0, 3)}
     assert missing(grid) == [
         "LoRA in dirichlet 0.1: no finished run.",
         "Full fine-tuning in dirichlet 1: 2 of 3 seeds finished.",
     ]
-    assert "paired difference to full fine-tuning, the second, is +7.0" in sentence(grid, make_pairs())
+    assert "FeDeRA leads with 68.0" in sentence(grid, make_pairs())
+    assert "no other method finished every run" in sentence(grid, make_pairs())
+
+
+def test_what_failed_for_all_is_said_and_no_mean_goes_over_the_rest(tmp_path: Path) -> None:
+    cells = [
+        replace(c, folder=None) if c.setting == SETTINGS[0] or c.seed == 2 else c
+        for c in make_cells(tmp_path)
+    ]
+    grid = read_grid(cells, make_pairs(), [])
+    assert missing(grid)[0] == f"{SETTINGS[0]}: no finished run of any method; it is not on this page."
+    assert sum(note.endswith(": 2 of 3 seeds finished.") for note in missing(grid)) == 3
+    assert "none leads over all" in sentence(grid, make_pairs())
+    check(write_grid_report("A grid", cells, make_pairs(), [], tmp_path / "grid.html"))
 
 
 def test_the_first_method_is_the_one_that_pairs_do_not_name(tmp_path: Path) -> None:
@@ -194,7 +208,7 @@ def test_nobody_finished_everywhere(tmp_path: Path) -> None:
     cells = [cells[0], cells[3]]
     page = write_grid_report("t", cells, [], [], tmp_path / "grid.html")
     text = " ".join(check(page).text)
-    assert "No method finished in every setting" in text
+    assert "No method finished every run, so none leads over all settings." in " ".join(text.split())
     assert "with 1 seed" in text
     assert "none" in text
     assert "Paired differences" not in text

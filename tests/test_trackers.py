@@ -1,11 +1,12 @@
 """Where the numbers of a run go beside its own files."""
 
 import json
+import shutil
 import struct
 
 import pytest
 
-from federa import FederaError, run
+from federa import FederaError, run, trackers
 from federa.run import Observer
 from federa.trackers import TRACKERS
 from running import configure, short_reports, tree
@@ -70,6 +71,15 @@ def test_a_package_that_is_missing_is_a_mistake_that_leaves_no_trace(recipe, tmp
     ):
         run(configure(recipe, track=[name]), tmp_path / "run")
     assert tree(tmp_path) == {}
+
+
+def test_a_run_is_told_from_one_that_was_in_its_folder_before(tmp_path):
+    (tmp_path / "run").mkdir()
+    first = trackers._id(tmp_path / "run")
+    assert trackers._id(tmp_path / "run") == first, "a resumed run goes on"
+    shutil.rmtree(tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    assert trackers._id(tmp_path / "run") != first
 
 
 def halves(recipe, folder, tracker):

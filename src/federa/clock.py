@@ -131,20 +131,22 @@ def replay(folder: Path, device: Device, setting: str = "", compute: float | Non
     scores = {record["round"]: float(record[metric]) for record in records if metric in record}
     if compute is None:
         compute = statistics.median(r["seconds_train"] / r["examples"] for r in records if r["examples"])
-    spent = list(_spent(config, records, held["client_sizes"], summary, device, each=compute))
+    spent = list(_spent(config, records, held, summary, device, each=compute))
     return Replay(config.method.name, setting, config.seed, scores, spent)
 
 
 def _spent(
     config: RunConfig,
     records: Sequence[Record],
-    sizes: Sequence[int],
+    held: Mapping[str, Any],
     summary: Mapping[str, Any],
     device: Device,
     *,
     each: float,
 ) -> Iterator[Spent]:
     whole, met = Spent(), set[int]()
+    sizes = held["client_sizes"]
+    rows = held.get("client_rows", sizes)  # of older runs, whose examples may have been several rows each
     for record in records:
         jobs = make_jobs(config, record["round"], sizes)
         up = record["bytes_up"] / max(1, record["clients"] + record["rejected"])
@@ -153,7 +155,7 @@ def _spent(
         for client in (job.client_id for job in jobs):
             first = record["round"] > 1 and client not in met
             transfer = device.transfer(up, down + (summary["start_bytes"] if first else 0))
-            times.append((each * _examples(config, sizes[client]) / device.speed, transfer))
+            times.append((each * _examples(config, rows[client]) / device.speed, transfer))
             met.add(client)
         compute, transfer = max(times, key=sum)
         last = compute + transfer
@@ -168,7 +170,7 @@ def _spent(
 
 
 def _examples(config: RunConfig, size: int) -> int:
-    """Return how many examples a client of a size trains on in a round."""
+    """Return how many rows (texts, windows of a text) a client of so many trains on in a round."""
     client = config.client
     examples = client.epochs * size
     if client.max_steps is not None:
@@ -281,8 +283,9 @@ def _row(
     reached = [one.reach(fraction * best[one.seed]) for one in runs]
     times = sorted((r for r in reached if r is not None), key=lambda r: r[1].total)
     row: dict[str, Any] = {"setting": setting, "fraction": fraction, "method": method}
-    row |= {"reached": len(times), "seeds": len(runs)}
-    if 2 * len(times) <= len(runs):
+    # With a seed whose run failed the method did not reach it either.
+    row |= {"reached": len(times), "seeds": len(best)}
+    if 2 * len(times) <= len(best):
         return row | dict.fromkeys(("rounds", "seconds", *PARTS))
     rounds, spent = times[(len(times) - 1) // 2]
     return row | {"rounds": rounds, "seconds": spent.total, **{part: getattr(spent, part) for part in PARTS}}

@@ -363,9 +363,10 @@ def _target(target: float | None, metric: str, records: Iterable[Record]) -> dic
 
 
 def partition_summary(experiment: Experiment) -> dict[str, Any]:
-    """Return what `partition.json` says: who holds how many examples of what."""
+    """Return what `partition.json` says: who holds how many examples of what, and as how many rows."""
     return {
         "client_sizes": experiment.counts.sum(axis=1).tolist(),
+        "client_rows": [len(rows) for rows in experiment.parts],
         "groups": experiment.groups.names,
         "data": experiment.data_fingerprint(parts=False),
         "fingerprint": experiment.data_fingerprint(),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
+import secrets
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Protocol
 
+from federa.state import write_atomically
 from federa.types import FederaError, Record
 
 PROJECT = "federa"
@@ -34,8 +35,11 @@ def _name(folder: Path) -> str:
 
 
 def _id(folder: Path) -> str:
-    """Return what tells a run from all others, so that a resumed one goes on."""
-    return hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
+    """Return what tells a run from all others, also from one that was here before; a resumed one goes on."""
+    file = folder / "tracker_id"
+    if not file.exists():
+        write_atomically(file, secrets.token_hex(8).encode())
+    return file.read_text()
 
 
 class TensorBoard:
@@ -68,7 +72,7 @@ class Trackio:
         import trackio
 
         self._trackio = trackio
-        trackio.init(project=PROJECT, name=_name(folder), resume="allow")
+        trackio.init(project=PROJECT, name=f"{_name(folder)}-{_id(folder)[:6]}", resume="allow")
 
     def log(self, record: Record) -> None:
         """Log the numbers of the record at its round."""

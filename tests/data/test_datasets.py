@@ -294,6 +294,20 @@ def test_the_validation_hold_out_comes_from_the_training_rows(tmp_path):
     assert texts(final.train) == texts(tuning.train) | texts(tuning.evaluation), "the last run trains on all"
 
 
+def test_held_out_is_apart_from_what_runs_are_judged_on(tmp_path):
+    rows = [{"text": f"t{i}", "label": "ab"[i % 2]} for i in range(200)]
+    there, own = write(tmp_path / "rows.csv", rows), write(tmp_path / "own.csv", ROWS[:12])
+    for fields in ({"validation": own}, {"validation_fraction": 0.25}, {}):
+        chosen = read(train=there, evaluate_on="held_out", **fields)
+        if fields:
+            judged = read(train=there, evaluate_on="validation", **fields)
+            assert not texts(chosen.evaluation) & texts(judged.evaluation)
+            assert texts(chosen.train) | texts(chosen.evaluation) == texts(judged.train)
+        assert not texts(chosen.evaluation) & texts(chosen.train)
+        whole = len(chosen.train) + len(chosen.evaluation)
+        assert len(chosen.evaluation) == pytest.approx(0.1 * whole, abs=1)
+
+
 def test_max_train_and_max_test(tmp_path):
     there, test = write(tmp_path / "rows.csv"), write(tmp_path / "test.csv", ROWS[:12])
     splits = read(train=there, test=test, max_train=7, max_test=5)

@@ -219,9 +219,10 @@ def _show_plan(comparison: Comparison, console: Console, *, estimated: bool) -> 
 
 def _run(comparison: Comparison, folder: Path, console: Console) -> bool:
     """Run what is not finished, print the tables; return whether every run is done."""
-    from federa.compare import compare_methods, terminal_tables
+    from federa.compare import compare_methods, require_comparison, terminal_tables
 
     # A mistake shows before anything is written.
+    require_comparison(folder)
     _show_plan(comparison, console, estimated=not (folder / "settings").exists())
     outcome = compare_methods(comparison, folder, lambda line: console.print(line, highlight=False))
     for title, lines in outcome.tables:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import heapq
+import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -104,6 +106,18 @@ class _Told:
         self._say(f"{what}: {summary['metric']} {summary['final']:.4f} in {spent}")
 
 
+def require_comparison(folder: Path) -> None:
+    """Raise unless a comparison may go into a folder.
+
+    Raises:
+        FederaError: the folder is a file, or holds something else.
+    """
+    if folder.exists() and (
+        not folder.is_dir() or (any(folder.iterdir()) and not (folder / "settings").is_dir())
+    ):
+        raise FederaError(f"--out: {folder} is there already and is no comparison; give another directory")
+
+
 def settled(comparison: Comparison, folder: Path) -> tuple[Comparison, int]:
     """Return the comparison with `auto` resolved once, for all of its runs and for when it is run again.
 
@@ -116,8 +130,7 @@ def settled(comparison: Comparison, folder: Path) -> tuple[Comparison, int]:
         FederaError: the folder is a file, or holds something else.
     """
     kept = folder / "settings"
-    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not kept.is_dir())):
-        raise FederaError(f"--out: {folder} is there already and is no comparison; give another directory")
+    require_comparison(folder)
     jobs = min(jobs_for(setting.config, comparison.grid.jobs) for setting in comparison.settings)
     settings = []
     for setting in comparison.settings:
@@ -175,9 +188,10 @@ def time_estimate(comparison: Comparison, say: Say) -> float:
     Raises:
         FederaError: a mistake in a recipe; so one that cannot run is found before hours of others.
     """
-    total, longest = 0.0, 0.0
+    jobs = min(jobs_for(setting.config, comparison.grid.jobs) for setting in comparison.settings)
+    rungs: dict[int, list[float]] = {}  # the seconds of every run, of a rung; each waits for the one before
+    finals: dict[int, list[float]] = {}  # by seed, in the order that they run in
     for setting in comparison.settings:
-        jobs = jobs_for(setting.config, comparison.grid.jobs)
         plans = {}
         for method in comparison.grid.methods:
             cell = comparison.cell(setting, method, comparison.grid.seeds[0], None)
@@ -186,19 +200,32 @@ def time_estimate(comparison: Comparison, say: Say) -> float:
         start = min(start for _, start in plans.values())
         for method, (seconds, _) in plans.items():
             say(f"{setting.name}: {method}: {readable_seconds(start + seconds)} a run")
-            seeds, rungs = len(comparison.grid.seeds), comparison.rungs(setting, method)
-            rounds = sum(runs * each for runs, each in rungs) / setting.config.rounds
-            starts = seeds + sum(runs for runs, _ in rungs)
-            total += (starts * start + (seeds + rounds) * seconds) / jobs
-            longest = max(longest, start + seconds)
-    return max(total, longest)
+            for number, (runs, rounds) in enumerate(comparison.rungs(setting, method)):
+                each = start + seconds * rounds / setting.config.rounds
+                rungs.setdefault(number, []).extend([each] * runs)
+            for seed in comparison.grid.seeds:
+                finals.setdefault(seed, []).append(start + seconds)
+    stages = [*rungs.values(), [each for own in finals.values() for each in own]]
+    return sum(_makespan(stage, jobs) for stage in stages)
+
+
+def _makespan(seconds: Sequence[float], jobs: int) -> float:
+    """Return when the last of several runs ends, each taken up in turn by the first that is free."""
+    free = [0.0] * jobs
+    for each in seconds:
+        heapq.heapreplace(free, free[0] + each)
+    return max(free)
 
 
 def _tuned(comparison: Comparison, runner: Runner, say: Say) -> dict[tuple[str, str], float | None]:
     """Return the learning rate of every method in every setting: the best on held-out examples.
 
-    A method that failed at all of its rates is left out, and told of; the others go on.
+    A method that failed at all of its rates is left out, and told of; the others go on. What was chosen is
+    kept in `tune/chosen.json`: a run that failed and would not fail again must not change the rate of runs
+    that are finished.
     """
+    file = runner.folder / "tune" / "chosen.json"
+    chosen: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.is_file() else {}
     # The best first: those that trained longest, by their score, then those that came off worse before.
     ranked: dict[tuple[str, str], list[float]] = {}
     for setting in comparison.settings:
@@ -206,6 +233,10 @@ def _tuned(comparison: Comparison, runner: Runner, say: Say) -> dict[tuple[str, 
             ranked[setting.name, method] = list(comparison.grid.lrs.get(method, ()))
     by_name = {setting.name: setting for setting in comparison.settings}
     plans = {key: comparison.rungs(by_name[key[0]], key[1]) for key in ranked}
+    for key, rates in ranked.items():
+        before = chosen.get(", ".join(key))
+        if before is not None and plans[key] and before["of"] == _asked(rates, plans[key]):
+            ranked[key], plans[key] = [before["lr"]], []
     for rung in range(max(len(plan) for plan in plans.values())):
         tried = {
             (key, lr): comparison.tuning(by_name[key[0]], key[1], lr, plan[rung][1])
@@ -219,19 +250,29 @@ def _tuned(comparison: Comparison, runner: Runner, say: Say) -> dict[tuple[str, 
         )
         scores = {key: _score(results[cell.folder]) for key, cell in tried.items()}
         for key, lrs in ranked.items():
-            better = sorted((lr for lr in lrs if (key, lr) in scores), key=lambda lr: -scores[key, lr])
-            better = [lr for lr in better if math.isfinite(scores[key, lr])]
+            known = [lr for lr in lrs if math.isfinite(scores.get((key, lr), math.nan))]
+            better = sorted(known, key=lambda lr: -scores[key, lr])
             ranked[key] = [*better, *(lr for lr in lrs if (key, lr) not in scores)]
     found: dict[tuple[str, str], float | None] = {}
     for (name, method), rates in ranked.items():
         grid = comparison.grid.lrs.get(method, ())
-        if len(grid) > 2 and rates and rates[0] in (min(grid), max(grid)):
+        if len(grid) > 2 and rates and plans[name, method] and rates[0] in (min(grid), max(grid)):
             say(f"{name}: {method}: the best rate, {rates[0]:g}, is at the edge of those tried")
         if rates or not grid:
             found[name, method] = rates[0] if rates else None
+            if plans[name, method]:
+                of = _asked(grid, plans[name, method])
+                chosen[f"{name}, {method}"] = {"lr": rates[0], "of": of}
         else:
             say(f"{name}: {method} failed at every learning rate; try smaller ones (grid.lrs)")
+    if chosen:
+        write_atomically(file, (json.dumps(chosen, indent=1) + "\n").encode())
     return found
+
+
+def _asked(rates: Sequence[float], rungs: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    """Return what a rate is chosen from, and how."""
+    return {"lrs": sorted(rates), "runs": [runs for runs, _ in rungs], "rounds": [most for _, most in rungs]}
 
 
 def _score(summary: Summary | None) -> float:
@@ -239,19 +280,26 @@ def _score(summary: Summary | None) -> float:
 
 
 def _require_same_data(folder: Path, cells: Sequence[Cell]) -> None:
-    """Raise unless finished cells of a setting met the same examples, and those of one seed the same clients.
+    """Raise unless finished cells of a setting met the same examples and the same encoder.
+
+    Those of one seed met the same clients as well.
 
     Raises:
-        FederaError: they did not: the data have changed since the first of them ran.
+        FederaError: they did not: data or model have changed since the first of them ran.
     """
     met: dict[tuple[object, ...], tuple[object, Cell]] = {}
     for cell in cells:
-        held = RunDirectory(folder / cell.folder).read_json("partition.json") or {}
-        for key in (("data", cell.setting), ("fingerprint", cell.setting, cell.config.seed)):
-            found, first = met.setdefault(key, (held.get(key[0]), cell))
-            if found != held.get(key[0]):
+        run = RunDirectory(folder / cell.folder)
+        held, result = run.read_json("partition.json") or {}, run.read_json("result.json") or {}
+        for what, where, value in (
+            ("data", (), held.get("data")),
+            ("data", (cell.config.seed,), held.get("fingerprint")),
+            ("model", (), result.get("fingerprint")),
+        ):
+            found, first = met.setdefault((what, cell.setting, *where), (value, cell))
+            if found != value:
                 raise FederaError(
-                    f"--out: {first.folder} and {cell.folder} in {folder} were not run on the same data; "
+                    f"--out: {first.folder} and {cell.folder} in {folder} were not run on the same {what}; "
                     "compare into another directory"
                 )
 
@@ -302,6 +350,8 @@ def _reached(
             for r in rows
             if (r["setting"], r["method"]) == (setting.name, reference) and "best" in r
         }
+        # A share of nothing is reached by all, at once.
+        best = {seed: score for seed, score in best.items() if score > 0}
         if not best or not setting.config.evaluate_every:
             continue
         metric, level = setting.config.task.primary, sum(best.values()) / len(best)
@@ -341,13 +391,17 @@ def _write(comparison: Comparison, folder: Path, cells: Sequence[Cell], outcome:
     write_atomically(folder / "table.md", text.encode())
     parts = "\n".join(f"% {title}\n{latex(lines)}" for title, lines in tables)
     write_atomically(folder / "table.tex", parts.encode())
-    done = [
-        GridCell(cell.setting, cell.method, cell.config.seed, folder / cell.folder)
+    made = [
+        GridCell(
+            cell.setting,
+            cell.method,
+            cell.config.seed,
+            folder / cell.folder if row["status"] == "done" else None,
+        )
         for cell, row in zip(cells, outcome.rows, strict=True)
-        if row["status"] == "done"
     ]
-    if done:
-        write_grid_report("federa compare", done, outcome.pairs, outcome.reached, folder / "report.html")
+    if any(cell.folder is not None for cell in made):
+        write_grid_report("federa compare", made, outcome.pairs, outcome.reached, folder / "report.html")
 
 
 def terminal_tables(title: str, lines: Lines, width: int) -> list[Table]:

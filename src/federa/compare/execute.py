@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -16,6 +17,7 @@ from federa.compare.grid import Cell
 from federa.config import RunConfig, parse_config
 from federa.engines import Stacked
 from federa.machine import available_cores, die_with_parent
+from federa.models import pick_device
 from federa.run import run
 from federa.types import FederaError, RoundFailedError
 
@@ -28,8 +30,8 @@ IN_ONE_PROCESS = ("serial", "stacked")
 def jobs_for(config: RunConfig, asked: int | None) -> int:
     """Return how many runs go at a time.
 
-    Unless asked, one a core for the serial engine without threads of its own, one for any other. Clients side
-    by side go in one process as well, so several such runs may share a GPU.
+    Unless asked, one a core for the serial engine on a CPU without threads of its own, else one. Clients side
+    by side go in one process as well, so several such runs may share a GPU, where that is asked for.
 
     Raises:
         FederaError: more than one at a time of an engine that has workers of its own, or that plans with all
@@ -37,7 +39,8 @@ def jobs_for(config: RunConfig, asked: int | None) -> int:
     """
     name, threads, cores = config.engine.name, config.engine.threads or 1, available_cores()
     if asked is None:
-        return max(1, cores // threads) if name == "serial" else 1
+        alone = name != "serial" or pick_device(config.device).type != "cpu"
+        return 1 if alone else max(1, cores // threads)
     if asked > 1 and name not in IN_ONE_PROCESS:
         raise FederaError(
             f"--jobs {asked}: engine.name={name} has workers of its own; use engine.name=serial"
@@ -117,11 +120,17 @@ class Runner:
 def run_cell(config: RunConfig, folder: Path) -> tuple[Summary | None, str]:
     """Run or resume one cell; return its summary, or None and why it failed.
 
+    What no one foresaw (a GPU without memory left) is this cell's failure alone, for hours of others may wait
+    behind it; a file beside its folder has the whole of it.
+
     Raises:
         FederaError: a mistake in its recipe, or a run of another recipe in its folder.
     """
+    told = folder.with_name(f"{folder.name}-error.txt")
     try:
-        return run(config, folder, resume=True).summary, ""
+        summary = run(config, folder, resume=True).summary
+        told.unlink(missing_ok=True)
+        return summary, ""
     except RoundFailedError as error:
         return None, str(error)
     except FederaError as error:
@@ -129,6 +138,11 @@ def run_cell(config: RunConfig, folder: Path) -> tuple[Summary | None, str]:
             raise
         what = str(error).removeprefix("--resume: ").partition(";")[0]
         raise FederaError(f"--out: {what}; compare into another directory") from error
+    except Exception as error:
+        told.parent.mkdir(parents=True, exist_ok=True)
+        told.write_text(traceback.format_exc())
+        reason = str(error).strip().partition("\n")[0]
+        return None, f"{type(error).__name__}: {reason} (all of it: {told})"
 
 
 def _start_worker(threads: int) -> None:

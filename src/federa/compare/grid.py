@@ -22,13 +22,13 @@ from federa.config import (
     read_yaml,
     set_key,
 )
+from federa.data.datasets import HELD_OUT
 from federa.data.partition import PARTITIONERS
 from federa.methods import METHODS
 from federa.registry import explain
 from federa.report.load import flatten
 from federa.types import FederaError
 
-DEFAULT_HOLD_OUT = 0.1  # of the training examples, to tune on
 # The key that the value of `NAME:VALUE` of a skew is for.
 SKEW_KEY = {
     "dirichlet": "alpha",
@@ -37,6 +37,10 @@ SKEW_KEY = {
     "pathological": "classes_per_client",
     "natural": "column",
 }
+
+
+# What a comparison gives every run itself, and the option that says so.
+NOT_FOR_ALL = {"seed": "--seeds", "method.name": "--methods"}
 
 
 def _words(value: Any) -> Any:
@@ -91,11 +95,14 @@ class Grid(BaseModel):
     def _check(self) -> Grid:
         for name in self.methods:
             METHODS.get(name)
-        for what, values in (("methods", self.methods), ("seeds", self.seeds), ("skews", self.skews)):
-            if len(set(values)) < len(values) or (not values and what != "skews"):
+        for what in ("methods", "seeds", "skews", "models", "recipes", "targets"):
+            values = getattr(self, what)
+            if len(set(values)) < len(values):
                 raise FederaError(
                     f"grid.{what}: expected different {what}, got {', '.join(map(str, values))}"
                 )
+            if not values and what in ("methods", "seeds"):
+                raise FederaError(f"grid.{what}: expected at least one")
         METHODS.get(self.reference)
         for name, rates in self.lrs.items():
             if len({f"{rate:g}" for rate in rates}) < len(rates) or not rates:
@@ -170,6 +177,9 @@ class Comparison:
                 raise FederaError(
                     f"grid: {file} has one of its own; a grid names its recipes under grid.recipes"
                 )
+        for key, instead in NOT_FOR_ALL.items():
+            if any(word.partition("=")[0].strip() == key for word in overrides):
+                raise FederaError(f"{key}: a comparison has several; give {instead}")
         own = raws[0][1].pop("grid", None) if len(raws) == 1 else None
         if isinstance(own, dict) and own.get("models"):
             own = {**own, "models": [absolute(name, recipes[0].parent) for name in _words(own["models"])]}
@@ -197,8 +207,16 @@ class Comparison:
         return Cell(setting.name, method, _config(setting.config, method, seed, lr), folder)
 
     def tuning(self, setting: Setting, method: str, lr: float, rounds: int) -> Cell:
-        """Return one tuning run: the first seed, judged on held-out training examples."""
-        held = setting.config.data.validation_fraction or DEFAULT_HOLD_OUT
+        """Return one tuning run: the first seed, judged on examples that no run of a cell is judged on.
+
+        They are the validation split, or held out of train; or where the runs are judged on the validation
+        split, a tenth of what they train on.
+        """
+        data = setting.config.data
+        apart: dict[str, Any] = {"data.evaluate_on": "held_out"}
+        if data.evaluate_on == "test":
+            held = 0.0 if data.validation else data.validation_fraction or HELD_OUT
+            apart = {"data.evaluate_on": "validation", "data.validation_fraction": held}
         # Judged as a run is: where that takes several evaluations, so does this.
         several = setting.config.final_mean_of > 1
         every = setting.config.evaluate_every if several else 0
@@ -207,8 +225,7 @@ class Comparison:
             **{
                 "rounds": rounds,
                 "final_mean_of": min(config.final_mean_of, evaluations(rounds, every)),
-                "data.evaluate_on": "validation",
-                "data.validation_fraction": 0.0 if setting.config.data.validation else held,
+                **apart,
                 "diagnostics": False,
                 "evaluate_every": every,
                 "track": [],
@@ -265,8 +282,15 @@ def parse_grid(section: Any, options: dict[str, Any]) -> Grid:
     if section is not None and not isinstance(section, dict):
         raise FederaError(f"grid: expected keys and values, got {section!r:.60}")
     asked = {key: value for key, value in options.items() if value is not None}
+    told = dict(section or {})
+    if isinstance(rates := told.get("lrs"), dict):
+        # Rates of methods that are not asked for this time are no mistake; those asked for go before.
+        if "methods" in asked:
+            told["lrs"] = {name: rates[name] for name in rates if name in _words(asked["methods"])}
+        if isinstance(asked.get("lrs"), dict):
+            asked["lrs"] = {**told["lrs"], **asked["lrs"]}
     try:
-        return Grid.model_validate({**(section or {}), **asked})
+        return Grid.model_validate({**told, **asked})
     except ValidationError as error:
         raise FederaError(explain(error, Grid, "grid")) from error
 
@@ -295,6 +319,15 @@ def _settings(grid: Grid, configs: Sequence[RunConfig]) -> Iterator[Setting]:
                 name = (
                     f"{data_name(changed.data.train)}, {skew_name(changed)}, {Path(changed.model.name).name}"
                 )
+                if changed.data.evaluate_on == "held_out":
+                    raise FederaError(
+                        "data.evaluate_on=held_out: rates are tuned on it; judge runs on test or validation"
+                    )
+                if changed.target is not None:
+                    raise FederaError(
+                        "target: a run of a comparison does not stop early; leave it out (grid.targets has "
+                        "the shares of the reference's best whose cost is told)"
+                    )
                 setting = Setting(name, changed)
                 other = seen.setdefault(setting.slug, setting)
                 if other is not setting:

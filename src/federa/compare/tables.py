@@ -101,19 +101,20 @@ def overall_lines(rows: Sequence[Row], methods: Sequence[str], pairs: Mapping[st
     """Return a header and a line a setting, a column a method; then their mean, and paired differences."""
     scores: dict[tuple[str, str], list[float]] = {}
     settings = list(dict.fromkeys(row["setting"] for row in rows))
+    seeds = len({row["seed"] for row in rows})
     for row in rows:
         if row["status"] == "done":
             scores.setdefault((row["setting"], row["method"]), []).append(row["metric"])
     lines = [["setting", *methods]]
     for setting in settings:
-        cells = [scores.get((setting, method)) for method in methods]
-        lines.append([setting, *(mean_spread(cell) if cell else "failed" for cell in cells)])
+        cells = [scores.get((setting, method), []) for method in methods]
+        lines.append([setting, *(_cell_words(cell, seeds) for cell in cells)])
     means = []
     for method in methods:
-        own = [scores.get((setting, method)) for setting in settings]
-        known = [float(np.mean(one)) for one in own if one]
-        # A mean over fewer settings would stand beside means over all of them.
-        means.append(mean_spread([float(np.mean(known))]) if len(known) == len(own) else "")
+        own = [scores.get((setting, method), []) for setting in settings]
+        # A mean over fewer runs would stand beside means over all of them.
+        whole = all(len(one) == seeds for one in own)
+        means.append(mean_spread([float(np.mean([np.mean(one) for one in own]))]) if whole else "")
     lines.append(["mean", *means])
     told = [_pair_words(pairs.get(method)) for method in methods]
     titles = [f"{methods[0]} minus it", "95 % interval", "wins"]
@@ -144,6 +145,12 @@ def _pair_words(pair: Pair | None) -> list[str]:
     return [f"{mean} ± {100 * pair.spread:.1f}", interval, f"{pair.wins:g} of {pair.pairs}"]
 
 
+def _cell_words(scores: Sequence[float], seeds: int) -> str:
+    if not scores:
+        return "failed"
+    return mean_spread(scores) + (f" ({len(scores)} of {seeds})" if len(scores) < seeds else "")
+
+
 def mean_spread(values: Sequence[float]) -> str:
     """Return mean and sample standard deviation in points, for example `56.1 ± 0.9`."""
     mean = f"{100 * float(np.mean(values)):.1f}"
@@ -159,12 +166,13 @@ def markdown(lines: Lines) -> str:
 
 def latex(lines: Lines) -> str:
     """Return a table for LaTeX with booktabs."""
+    signs = {sign: "\\" + sign for sign in "&%_#${}"}
+    signs |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$"}
+    escaped = str.maketrans(signs)
 
     def cells(line: list[str]) -> Iterator[str]:
         for text in line:
-            for sign in "&%_#$":
-                text = text.replace(sign, "\\" + sign)
-            yield text.replace("±", r"$\pm$")
+            yield text.translate(escaped)
 
     body = [" & ".join(cells(line)) + r" \\" for line in lines]
     columns = "l" + "r" * (len(lines[0]) - 1)

@@ -26,6 +26,7 @@ from federa.data.readers import (
 from federa.registry import nearest
 from federa.types import FederaError, IntArray, RowError
 
+HELD_OUT = 0.1  # of the training examples, for `evaluate_on: held_out`
 EMBEDDED = "bbc_news"
 _FORMATS = {
     ".parquet": "parquet",
@@ -56,7 +57,8 @@ class DataConfig(BaseModel):
         test_fraction: the share of the rows held out where there is no test set: stratified by label, and
             with questions about one context kept together.
         validation_fraction: the share of the training rows held out to tune on, likewise.
-        evaluate_on: the split that the rounds are evaluated on.
+        evaluate_on: what the rounds are evaluated on: `test`, `validation`, or `held_out`, a tenth of what
+            would be trained on otherwise. The last is for choices about runs that are judged on `validation`.
         max_train: keep at most so many training rows, drawn at random; `max_test` likewise.
         split_seed: of the hold-outs and of `max_*`; apart from the run's seed, so that seeds share test sets.
     """
@@ -76,7 +78,7 @@ class DataConfig(BaseModel):
     answers_column: str = "answers"
     test_fraction: float = Field(default=0.2, gt=0, lt=1)
     validation_fraction: float = Field(default=0.0, ge=0, lt=1)
-    evaluate_on: str = Field(default="test", pattern="^(test|validation)$")
+    evaluate_on: str = Field(default="test", pattern="^(test|validation|held_out)$")
     max_train: int | None = Field(default=None, ge=1)
     max_test: int | None = Field(default=None, ge=1)
     split_seed: int = 0
@@ -259,12 +261,17 @@ def read_splits(config: DataConfig, task: Needs) -> Splits:
     splits = {name: Split(table, name, np.arange(len(table))) for name, table in tables.items()}
     if "test" not in splits:
         splits["train"], splits["test"] = _hold_out(splits["train"], config, task, config.test_fraction)
-    if config.evaluate_on == "validation" and "validation" not in splits:
+    of_train = config.evaluate_on == "validation" or (
+        config.evaluate_on == "held_out" and config.validation_fraction > 0
+    )
+    if of_train and "validation" not in splits:
         if config.validation_fraction == 0:
             raise FederaError("data.evaluate_on=validation: give data.validation or data.validation_fraction")
         splits["train"], splits["validation"] = _hold_out(
             splits["train"], config, task, config.validation_fraction
         )
+    if config.evaluate_on == "held_out":
+        splits["train"], splits["held_out"] = _hold_out(splits["train"], config, task, HELD_OUT)
     train, evaluated = splits["train"], splits[config.evaluate_on]
     return Splits(
         train.select(_sample(len(train.table), config.max_train, config.split_seed)),
@@ -291,6 +298,8 @@ def read_held_out(config: DataConfig, task: Needs) -> Any:
     Raises:
         FederaError: the recipe names none, or a file or column is not there.
     """
+    if config.evaluate_on == "held_out":
+        raise FederaError("data.evaluate_on=held_out: a server has no training data to hold examples out of")
     path = config.validation if config.evaluate_on == "validation" else config.test
     key = f"data.{config.evaluate_on}"
     if path is None:

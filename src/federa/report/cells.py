@@ -24,13 +24,13 @@ class GridCell:
         setting: data set, skew and model, for example `newsgroups20, dirichlet 0.1, minilm`.
         method: as the recipe names it.
         seed: of the run.
-        folder: a finished run directory.
+        folder: a finished run directory; None if the run failed.
     """
 
     setting: str
     method: str
     seed: int
-    folder: Path
+    folder: Path | None
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,8 @@ class Grid:
         settings: as the cells have them.
         methods: the one that the others are compared with first; a method's place gives its colour.
         runs: by setting and method, then by seed in order; a method that failed in a setting has none there.
+        asked: by setting the seeds that any method was to run with.
+        lost: settings in which no run finished; they are not among `settings`.
         names: what the page calls a setting: without the words that all settings share.
         shared: these words.
     """
@@ -98,6 +100,8 @@ class Grid:
     settings: tuple[str, ...]
     methods: tuple[str, ...]
     runs: Mapping[tuple[str, str], Mapping[int, RunRecord]]
+    asked: Mapping[str, Sequence[int]]
+    lost: tuple[str, ...]
     names: Mapping[str, str]
     shared: str
 
@@ -110,8 +114,8 @@ class Grid:
         return {method: runs for method in self.methods if (runs := self.cell(setting, method))}
 
     def seeds(self, setting: str) -> list[int]:
-        """Return the seeds that any method ran in a setting."""
-        return sorted({seed for method in self.methods for seed in self.runs.get((setting, method), {})})
+        """Return the seeds that any method was to run with in a setting."""
+        return list(self.asked[setting])
 
     def scores(self, setting: str, method: str) -> Floats:
         """Return the final scores of a cell in points, by seed."""
@@ -123,11 +127,15 @@ class Grid:
         scores = self.scores(setting, method)
         return float(scores.mean()) if scores.size else None
 
+    def whole(self, setting: str, method: str) -> bool:
+        """Return whether a method has a score with every seed; a mean of fewer is no match for others'."""
+        return self.scores(setting, method).size == len(self.seeds(setting))
+
     def overall(self, method: str) -> float | None:
-        """Return the mean over settings in points, None for a method that lacks one of them."""
-        means = [self.mean(setting, method) for setting in self.settings]
-        known = [mean for mean in means if mean is not None]
-        return float(np.mean(known)) if len(known) == len(means) else None
+        """Return the mean over settings in points, None for a method that lacks a run of them."""
+        if self.lost or not all(self.whole(setting, method) for setting in self.settings):
+            return None
+        return float(np.mean([self.mean(setting, method) for setting in self.settings]))
 
     def slot(self, method: str) -> int:
         """Return a method's place, which gives its colour on the whole page."""
@@ -149,12 +157,15 @@ def read_grid(cells: Sequence[GridCell], pairs: Sequence[Pair], reached: Sequenc
     Raises:
         FederaError: no cell, or a folder that is not a run directory.
     """
-    if not cells:
+    done = [(cell, cell.folder) for cell in cells if cell.folder is not None]
+    if not done:
         raise FederaError("no run to report; a grid needs at least one finished run")
     runs: dict[tuple[str, str], dict[int, RunRecord]] = {}
-    for cell in sorted(cells, key=lambda cell: cell.seed):
-        runs.setdefault((cell.setting, cell.method), {})[cell.seed] = load_run(cell.folder)
-    settings = tuple(dict.fromkeys(cell.setting for cell in cells))
+    for cell, folder in sorted(done, key=lambda pair: pair[0].seed):
+        runs.setdefault((cell.setting, cell.method), {})[cell.seed] = load_run(folder)
+    settings = tuple(dict.fromkeys(cell.setting for cell, _ in done))
+    lost = tuple(dict.fromkeys(cell.setting for cell in cells if cell.setting not in settings))
+    asked = {where: sorted({cell.seed for cell in cells if cell.setting == where}) for where in settings}
     lists = [[cell.method for cell in cells if cell.setting == setting] for setting in settings]
     told = merged([*lists, [pair.method for pair in pairs], [one.method for one in reached]])
     # The method that no pair names is the one they are all compared with; it may lack a cell, so it need not
@@ -162,7 +173,7 @@ def read_grid(cells: Sequence[GridCell], pairs: Sequence[Pair], reached: Sequenc
     compared = {pair.method for pair in pairs}
     methods = sorted(told, key=lambda method: method in compared) if compared else told
     shared, names = _short(settings)
-    return Grid(settings, tuple(methods), runs, names, shared)
+    return Grid(settings, tuple(methods), runs, asked, lost, names, shared)
 
 
 def merged(lists: Sequence[Sequence[str]]) -> list[str]:

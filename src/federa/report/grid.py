@@ -91,7 +91,8 @@ def _sections(grid: Grid) -> list[dict[str, Any]]:
     sections: list[dict[str, Any]] = []
     drawn: dict[tuple[str, ...], str] = {}
     for i, setting in enumerate(grid.settings):
-        methods, seed = grid.setting(setting), grid.seeds(setting)[0]
+        methods = grid.setting(setting)
+        seed = min(seed for method in methods for seed in grid.runs[setting, method])
         names = [method for method in methods if seed in grid.runs[setting, method]]
         runs = [grid.runs[setting, method][seed] for method in names]
         before = drawn.setdefault(_holdings(runs), setting)

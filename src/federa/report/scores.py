@@ -47,13 +47,13 @@ def _leader(grid: Grid, pairs: Sequence[Pair]) -> str:
         ((mean, method) for method, mean in means.items() if mean is not None), key=lambda item: -item[0]
     )
     if not ranked:
-        return "No method finished in every setting, so none leads over all of them."
+        return "No method finished every run, so none leads over all settings."
     of = f"of {metric(grid)}" + (" on the mean over settings" if len(grid.settings) > 1 else "")
     (top, first), *others = ranked
     told = f"{capital(method_name(first))} leads with {points(top)} points {of}"
     if not others:
         alone = len(grid.methods) > 1
-        return told + ("; no other method finished in every setting." if alone else ".")
+        return told + ("; no other method finished every run." if alone else ".")
     second, name = others[0][1], method_name(others[0][1])
     difference = _difference(grid, pairs, first, second)
     if difference:
@@ -98,7 +98,9 @@ def results(grid: Grid) -> Table:
                 *(_cell(grid.scores(s, method), len(grid.seeds(s))) for s in grid.settings),
             ]
         )
-        values.append([*overall, *(grid.mean(s, method) for s in grid.settings)])
+        values.append(
+            [*overall, *(grid.mean(s, method) if grid.whole(s, method) else None for s in grid.settings)]
+        )
     return Table(head, rows, best=frozenset(best_cells(values, max, 1)))
 
 
@@ -116,7 +118,7 @@ def _cell(scores: Floats, seeds: int) -> str:
 
 def missing(grid: Grid) -> list[str]:
     """Return what a reader must know before trusting the figures: runs that are missing or went astray."""
-    notes = []
+    notes = [f"{setting}: no finished run of any method; it is not on this page." for setting in grid.lost]
     for setting in grid.settings:
         seeds = grid.seeds(setting)
         for method in grid.methods:

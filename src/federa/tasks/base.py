@@ -46,7 +46,7 @@ class Task(Component, ABC):
     @property
     @abstractmethod
     def primary(self) -> str:
-        """The metric that curves, targets and tables use."""
+        """The metric that curves, targets and tables use: a share between 0 and 1; more is better."""
 
     @abstractmethod
     def inputs(self, data: DataConfig) -> list[str]:
