@@ -24,6 +24,7 @@ import transformers
 
 import federa
 from federa.config import parse_config
+from federa.cpu import native
 from federa.machine import cache_folder
 from federa.methods import FeDeRA, Setup
 from federa.methods.federa import randomized_error
@@ -77,6 +78,7 @@ def shares(repeats: int) -> None:
     for _ in range(repeats):
         with tempfile.TemporaryDirectory() as empty:
             # Compiled kernels are not part of the question.
+            native.build(cache_folder() / "kernels")
             (Path(empty) / "kernels").symlink_to(cache_folder() / "kernels")
             done = subprocess.run(
                 [sys.executable, __file__, "--timed-run"],

@@ -91,6 +91,8 @@ def test_a_seed_that_failed_did_not_reach_the_target():
     runs = [plays("ft", seed, 0.8) for seed in range(3)] + [plays("lora", 0, 0.8)]
     rows = {row["method"]: row for row in time_to_targets(runs, (0.9,))}
     assert (rows["lora"]["reached"], rows["lora"]["seeds"], rows["lora"]["seconds"]) == (1, 3, None)
+    with pytest.raises(FederaError, match="no run of ft that learnt anything"):
+        time_to_targets([plays("ft", 0, 0.0), plays("lora", 0, 0.0)], (0.9,))
 
 
 def test_faster_machines_and_links_take_less(recipe, tmp_path):

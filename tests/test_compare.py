@@ -156,9 +156,12 @@ def test_what_was_chosen_stays_though_a_run_that_failed_would_not_again(recipe, 
     assert row["lr"] == 1e-6
     troubled = False
     assert compare_methods(made, tmp_path / "out", lambda line: None).rows == [row]
-    more = comparison(recipe, tmp_path, methods="lora", seeds="0", skews=None, lrs={"lora": "1e-2,1e-6,1e-7"})
-    with pytest.raises(FederaError, match=r"client\.lr=1e-06, not 0\.01; compare into another directory"):
-        compare_methods(more, tmp_path / "out", lambda line: None)
+    shutil.rmtree(tmp_path / "out" / "cells")  # with no run made, nothing keeps from choosing among all
+    assert compare_methods(made, tmp_path / "out", lambda line: None).rows[0]["lr"] == 1e-2
+    shutil.rmtree(tmp_path / "out" / "cells")
+    other = comparison(recipe | {"cohort": 2}, tmp_path, methods="lora", seeds="0", skews=None)
+    with pytest.raises(FederaError, match="was started with cohort=3, not 2; compare into another directory"):
+        compare_methods(other, tmp_path / "out", lambda line: None)
 
 
 def test_a_score_that_is_no_number_is_not_the_best(recipe, tmp_path, monkeypatch):
@@ -836,6 +839,7 @@ def test_mistakes_are_named(recipe, tmp_path, changes, message):
     ("changes", "words", "message"),
     [
         ({}, ["seed=7"], "seed: a comparison has several; give --seeds"),
+        ({}, ["method=ft"], "method: a comparison has several; give --methods"),
         ({}, ["method.name=ft"], "method.name: a comparison has several; give --methods"),
         ({"target": 0.8}, [], "target: a run of a comparison does not stop early"),
         ({"data": {"evaluate_on": "held_out"}}, [], "data.evaluate_on=held_out: rates are tuned on it"),
@@ -856,6 +860,9 @@ def test_rates_of_the_command_line_join_those_of_the_file(recipe, tmp_path):
     assert fewer.grid.lrs == {"federa": (1e-3,), "lora": (1e-3,)}
     with pytest.raises(FederaError, match="'ft' is not among the methods"):
         Comparison.load([path], [], {"methods": "federa,lora", "lrs": {"ft": "1e-4"}})
+    path = write({**recipe, "grid": {"lrs": {"lorra": [1e-3]}}}, tmp_path / "typo.yaml")
+    with pytest.raises(FederaError, match="'lorra' is not among the methods"):
+        Comparison.load([path], [], {"methods": "federa,lora"})
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from federa.checkpoint import RunDirectory
 from federa.config import parse_config, read_yaml
 from federa.data.datasets import read_splits
 from federa.experiment import build_experiment
-from federa.export import _top_modules, export, load
+from federa.export import _top_modules, export, load, read_examples
 from federa.methods import METHODS as REGISTRY
 from federa.models import ModelConfig, load_pretrained
 from federa.run import run
@@ -417,6 +417,20 @@ def test_predictions_are_the_softmax_of_the_logits(trained):
         assert answer["label"] == ["food", "sport", "tech"][int(row.argmax())]
         assert answer["probability"] == pytest.approx(float(row.softmax(0).max()), abs=1e-5)
     assert list(predictor.predict([])) == []
+
+
+@pytest.mark.parametrize("odd", [3, None, ["a", "b"], {"text": 3}, {"text": ["a"]}])
+def test_an_example_of_another_kind_is_named(trained, odd):
+    predictor = load(trained("federa-scaled"))
+    with pytest.raises(FederaError, match=r"^example 1: ") as error:
+        list(predictor.predict(["a text", odd]))
+    assert "\n" not in str(error.value)
+
+
+def test_a_line_is_a_text(tmp_path):
+    texts = ["one\u2028two", "form\x0cfeed\x85", "three"]
+    (tmp_path / "texts.txt").write_bytes(b"\xef\xbb\xbf" + "\r\n".join(texts).encode() + b"\r\n")
+    assert read_examples(tmp_path / "texts.txt", ("text",)) == texts
 
 
 def test_predictions_leave_gradients_and_modes_of_the_caller_alone(trained):

@@ -168,6 +168,8 @@ def test_results_mark_the_best_and_say_how_many_seeds(tmp_path: Path) -> None:
     ]
     assert "FeDeRA leads with 68.0" in sentence(grid, make_pairs())
     assert "no other method finished every run" in sentence(grid, make_pairs())
+    heat = heat_map(grid)
+    assert heat is not None and "66.0" not in str(heat.rows), "a mean of two seeds beside those of three"
 
 
 def test_what_failed_for_all_is_said_and_no_mean_goes_over_the_rest(tmp_path: Path) -> None:

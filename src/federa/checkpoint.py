@@ -8,6 +8,7 @@ checkpoint/state.safetensors   the last finished round
 metrics.jsonl                  one object a round
 diagnostics.jsonl              one object a round, where the recipe asks for it
 result.json, report.html       at the end
+tracker_id                     what trackers know the run by, where it has any
 """
 
 from __future__ import annotations

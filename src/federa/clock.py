@@ -118,7 +118,7 @@ def replay(folder: Path, device: Device, setting: str = "", compute: float | Non
             running then.
 
     Raises:
-        FederaError: no finished run.
+        FederaError: no finished run, or one of before rows were counted whose data are gone.
     """
     run = RunDirectory(folder)
     run.require()
@@ -131,22 +131,22 @@ def replay(folder: Path, device: Device, setting: str = "", compute: float | Non
     scores = {record["round"]: float(record[metric]) for record in records if metric in record}
     if compute is None:
         compute = statistics.median(r["seconds_train"] / r["examples"] for r in records if r["examples"])
-    spent = list(_spent(config, records, held, summary, device, each=compute))
+    rows = held.get("client_rows") or _rows_of_an_older_run(config, held)
+    spent = list(_spent(config, records, (held["client_sizes"], rows), summary, device, each=compute))
     return Replay(config.method.name, setting, config.seed, scores, spent)
 
 
 def _spent(
     config: RunConfig,
     records: Sequence[Record],
-    held: Mapping[str, Any],
+    clients: tuple[Sequence[int], Sequence[int]],
     summary: Mapping[str, Any],
     device: Device,
     *,
     each: float,
 ) -> Iterator[Spent]:
     whole, met = Spent(), set[int]()
-    sizes = held["client_sizes"]
-    rows = held.get("client_rows", sizes)  # of older runs, whose examples may have been several rows each
+    sizes, rows = clients
     for record in records:
         jobs = make_jobs(config, record["round"], sizes)
         up = record["bytes_up"] / max(1, record["clients"] + record["rejected"])
@@ -167,6 +167,17 @@ def _spent(
             whole.waiting + statistics.fmean(last - sum(time) for time in times),
         )
         yield whole
+
+
+def _rows_of_an_older_run(config: RunConfig, held: Mapping[str, Any]) -> list[int]:
+    """Return how many rows (windows of a text) each client has, of a run that did not write it down.
+
+    Raises:
+        FederaError: its data are no longer there.
+    """
+    if config.task.name == "classification":  # a text is a row
+        return list(held["client_sizes"])
+    return [len(part) for part in build_experiment(config).parts]
 
 
 def _examples(config: RunConfig, size: int) -> int:
@@ -252,9 +263,12 @@ def time_to_targets(
     rows = []
     for setting in dict.fromkeys(one.setting for one in replays):
         own = [one for one in replays if one.setting == setting]
-        best = {one.seed: max(one.scores.values()) for one in own if one.method == reference}
+        tops = {one.seed: max(one.scores.values()) for one in own if one.method == reference}
+        best = {seed: score for seed, score in tops.items() if score > 0}  # shares of nothing are no targets
         if not best:
-            raise FederaError(f"{setting}: no run of {reference}, whose best the targets are shares of")
+            raise FederaError(
+                f"{setting}: no run of {reference} that learnt anything, whose best the targets are shares of"
+            )
         for fraction in fractions:
             found = [
                 _row(setting, fraction, method, [one for one in own if one.method == method], best)

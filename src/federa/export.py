@@ -32,8 +32,17 @@ from federa.types import FederaError, State
 
 Example: TypeAlias = str | Sequence[str] | Mapping[str, Any]
 Table = datasets.Dataset
+KINDS = ("text", "a list of words")
 FORMATS: tuple[ExportFormat, ...] = ("peft", "merged", "federa")
 _FOLDER_FILES = ("config.yaml", "labels.json", "init.safetensors", "checkpoint/state.safetensors")
+
+
+def _kind(cell: Any) -> str:
+    """Return what a cell of an example is, as `KINDS` or else."""
+    if isinstance(cell, str):
+        return "text"
+    words = isinstance(cell, (list, tuple)) and all(isinstance(word, str) for word in cell)
+    return "a list of words" if words else type(cell).__name__
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +71,14 @@ class Predictor:
             FederaError: an example that is not of the run's kind; it names it.
         """
         rows = [self._cells(example, row) for row, example in enumerate(examples)]
+        for i, name in enumerate(self.columns):
+            kinds = [_kind(row[i]) for row in rows]
+            odd = next((row for row, kind in enumerate(kinds) if kind not in KINDS or kind != kinds[0]), None)
+            if odd is not None:
+                raise FederaError(
+                    f"example {odd}: {name}: expected {kinds[0] if kinds[0] in KINDS else 'text'}, "
+                    f"got {rows[odd][i]!r:.80}"
+                )
         return Table.from_dict({name: [row[i] for row in rows] for i, name in enumerate(self.columns)})
 
     def _cells(self, example: Example, row: int) -> Sequence[Any]:
@@ -142,11 +159,12 @@ def read_examples(file: Path | None, columns: tuple[str, ...], first: str | None
         content = sys.stdin.read() if file is None else file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise FederaError(f"{file or 'standard input'} is not text in UTF-8") from error
-    lines = content.rstrip().splitlines()
+    # A line ends at a newline and nowhere else: texts may hold form feeds and Unicode's separators.
+    lines = [line.removesuffix("\r") for line in content.removeprefix("\ufeff").rstrip().split("\n")]
     blank = next((i for i, line in enumerate(lines, 1) if not line.strip()), None)
     if blank is not None:
         raise FederaError(f"line {blank} of {file or 'standard input'} is blank; give one text a line")
-    return list(lines)
+    return lines
 
 
 @dataclass(frozen=True, slots=True)

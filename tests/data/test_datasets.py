@@ -109,6 +109,23 @@ def test_a_folder(tmp_path, kind):
     assert rows_of(read(train=tmp_path, test=other).evaluation) == ROWS[:5], "a file that is named wins"
 
 
+def test_files_that_claim_one_split_or_a_part_of_it_are_refused(tmp_path):
+    for name in ("train.csv", "train.old.csv"):
+        write(tmp_path / name)
+    assert len(read(train=tmp_path).train) > 0, "another name is another file"
+    write(tmp_path / "test-00000-of-00002.csv")
+    refused("is a part of a split", train=tmp_path)
+    (tmp_path / "test-00000-of-00002.csv").unlink()
+    write(tmp_path / "train.tsv")
+    refused("are both the split 'train'", train=tmp_path)
+
+
+def test_a_quote_that_swallows_rows_is_named(tmp_path):
+    lines = ["text\tlabel", "ok\ta", '"Hello there\ta', "fine\tb", 'bye" x\tc', "ok\ta"]
+    (tmp_path / "rows.tsv").write_text("\n".join(lines) + "\n")
+    refused("row 1: column 'text' goes over several lines from a quote", train=tmp_path / "rows.tsv")
+
+
 def test_a_folder_with_train_only_holds_out(tmp_path):
     write(tmp_path / "train.csv")
     splits = read(train=tmp_path)

@@ -89,9 +89,19 @@ def test_a_word_that_begins_as_a_comment_does_is_a_word(tmp_path):
     rows = [{"tokens": ["#", "1", "#"], "tags": ["B-X", "I-X", "O"]}]
     assert read(tmp_path, "rows.conll", "# B-X\n1 I-X\n# O\n").to_list() == rows
     assert read(tmp_path, "rows.conll", "# SYM B-X\n1 CD I-X\n# SYM O\n").to_list() == rows
-    assert read(tmp_path, "rows.conll", "1 CD B-X\n# O\n").to_list() == [
+    assert read(tmp_path, "rows.conll", "1 CD B-X\n# SYM O\n").to_list() == [
         {"tokens": ["1", "#"], "tags": ["B-X", "O"]}
     ], "within a sentence there is no comment"
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [("Ann B-PER\nNew York B-LOC\n\nBob B-PER\n", 2), ("A DT B-NP O\n\nWest NNP B-NP\nend NN I-NP O\n", 3)],
+)
+def test_a_line_of_another_number_of_columns_is_named(tmp_path, content, line):
+    """A word that lacks, and a tag that lacks: read on, each would be another column's."""
+    with pytest.raises(FederaError, match=rf"line {line}: 3 columns, where most lines have [24]"):
+        read(tmp_path, "rows.conll", content)
 
 
 @pytest.mark.parametrize(

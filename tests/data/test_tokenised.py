@@ -1,5 +1,6 @@
 """Tokens that are kept for the next experiment are those that it would have made."""
 
+import datasets
 import transformers
 
 from federa.config import parse_config
@@ -18,6 +19,16 @@ def test_the_same_recipe_is_tokenised_once_and_another_column_again(recipe, monk
     number = len(tokenised._kept)
     assert tokens(recipe) == first and len(tokenised._kept) == number
     assert tokens({**recipe, "task": {**recipe["task"], "max_length": 5}}) != first
+
+
+def test_the_names_behind_a_columns_numbers_are_part_of_the_key(encoder):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(encoder("bert"))
+    made = []
+    for names in (["O", "B-LOC", "B-PER"], ["O", "B-PER", "B-LOC"]):
+        features = datasets.Features({"tags": datasets.List(datasets.ClassLabel(names=names))})
+        table = datasets.Dataset.from_dict({"tags": [[0, 1, 2]]}, features=features)
+        tokenised.tokenised(lambda names=names: made.append(names), table, tokenizer)
+    assert len(made) == 2
 
 
 def test_all_of_a_tokenizer_that_changes_tokens_is_part_of_the_key(encoder):

@@ -94,6 +94,15 @@ def test_encode_takes_the_ids_of_class_labels(tokenizer):
         TASK.encode(unlabelled, DATA, tokenizer, ["z", "a"])
 
 
+def test_a_label_that_lacks_is_no_class_of_that_name(tokenizer):
+    rows = table(text=["goal", "soup"], label=["sport", None])
+    with pytest.raises(FederaError, match="row 1: column 'label' is empty"):
+        TASK.encode(rows, DATA, tokenizer, ["None", "sport"])
+    numbers = table(text=["goal", "soup"], label=[3.0, float("nan")])
+    with pytest.raises(FederaError, match="row 1: column 'label' is empty"):
+        TASK.encode(numbers, DATA, tokenizer, ["3.0", "4.0"])
+
+
 def test_a_label_outside_the_training_set_is_refused(tokenizer):
     rows = table(text=["goal", "soup"], label=["sport", "foods"])
     message = r"^data: row 1: label 'foods' is outside the training set's labels \(did you mean 'food'\?\): food, sport, tech$"

@@ -110,6 +110,9 @@ def test_bioes_by_hand(bioes, bio):
         ("B-PER L-PER L-PER", 2),
         ("O BI-PER", 1),
         ("E", 0),
+        ("B-PER O S-PER", 1),  # an entity without an end
+        ("B-PER I-PER B-PER E-PER", 2),
+        ("O B-PER I-PER", 2),
     ],
 )
 def test_the_first_word_that_is_not_bioes(text, word):

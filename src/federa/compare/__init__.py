@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import heapq
 import json
 import math
@@ -64,8 +65,9 @@ def compare_methods(comparison: Comparison, folder: Path, say: Say) -> Outcome:
 
     Args:
         comparison: what to compare.
-        folder: gets `settings/` (resolved recipes), `tune/` and `cells/` (a run directory each), `cells.csv`,
-            `table.md`, `table.tex` and `report.html`; what is finished there is taken as it is.
+        folder: gets `settings/` (resolved recipes), `tune/` and `cells/` (run directories; the rates that
+            were chosen; what went wrong that no one foresaw), `cells.csv`, `table.md`, `table.tex` and
+            `report.html`; what is finished there is taken as it is.
         say: is given one line a run.
 
     Raises:
@@ -190,7 +192,7 @@ def time_estimate(comparison: Comparison, say: Say) -> float:
     """
     jobs = min(jobs_for(setting.config, comparison.grid.jobs) for setting in comparison.settings)
     rungs: dict[int, list[float]] = {}  # the seconds of every run, of a rung; each waits for the one before
-    finals: dict[int, list[float]] = {}  # by seed, in the order that they run in
+    finals: list[float] = []  # in the order that they run in
     for setting in comparison.settings:
         plans = {}
         for method in comparison.grid.methods:
@@ -203,10 +205,8 @@ def time_estimate(comparison: Comparison, say: Say) -> float:
             for number, (runs, rounds) in enumerate(comparison.rungs(setting, method)):
                 each = start + seconds * rounds / setting.config.rounds
                 rungs.setdefault(number, []).extend([each] * runs)
-            for seed in comparison.grid.seeds:
-                finals.setdefault(seed, []).append(start + seconds)
-    stages = [*rungs.values(), [each for own in finals.values() for each in own]]
-    return sum(_makespan(stage, jobs) for stage in stages)
+        finals += [start + seconds for _ in comparison.grid.seeds for seconds, _ in plans.values()]
+    return sum(_makespan(stage, jobs) for stage in (*rungs.values(), finals))
 
 
 def _makespan(seconds: Sequence[float], jobs: int) -> float:
@@ -224,19 +224,16 @@ def _tuned(comparison: Comparison, runner: Runner, say: Say) -> dict[tuple[str, 
     kept in `tune/chosen.json`: a run that failed and would not fail again must not change the rate of runs
     that are finished.
     """
-    file = runner.folder / "tune" / "chosen.json"
-    chosen: dict[str, dict[str, Any]] = json.loads(file.read_text()) if file.is_file() else {}
+    by_name = {setting.name: setting for setting in comparison.settings}
     # The best first: those that trained longest, by their score, then those that came off worse before.
     ranked: dict[tuple[str, str], list[float]] = {}
-    for setting in comparison.settings:
+    for name in by_name:
         for method in comparison.grid.methods:
-            ranked[setting.name, method] = list(comparison.grid.lrs.get(method, ()))
-    by_name = {setting.name: setting for setting in comparison.settings}
+            ranked[name, method] = list(comparison.grid.lrs.get(method, ()))
     plans = {key: comparison.rungs(by_name[key[0]], key[1]) for key in ranked}
-    for key, rates in ranked.items():
-        before = chosen.get(", ".join(key))
-        if before is not None and plans[key] and before["of"] == _asked(rates, plans[key]):
-            ranked[key], plans[key] = [before["lr"]], []
+    kept = _Chosen(comparison, runner.folder, plans)
+    for key, lr in kept.standing().items():
+        ranked[key], plans[key] = [lr], []
     for rung in range(max(len(plan) for plan in plans.values())):
         tried = {
             (key, lr): comparison.tuning(by_name[key[0]], key[1], lr, plan[rung][1])
@@ -245,10 +242,10 @@ def _tuned(comparison: Comparison, runner: Runner, say: Say) -> dict[tuple[str, 
             for lr in ranked[key][: plan[rung][0]]
         }
         results = runner.run(list(tried.values()), _Told(len(tried), say))
-        _require_same_data(
-            runner.folder, [cell for cell in tried.values() if results[cell.folder] is not None]
-        )
+        done = [cell for cell in tried.values() if results[cell.folder] is not None]
+        _require_same_data(runner.folder, done)
         scores = {key: _score(results[cell.folder]) for key, cell in tried.items()}
+        kept.failed |= {key for (key, _), cell in tried.items() if results[cell.folder] is None}
         for key, lrs in ranked.items():
             known = [lr for lr in lrs if math.isfinite(scores.get((key, lr), math.nan))]
             better = sorted(known, key=lambda lr: -scores[key, lr])
@@ -260,19 +257,64 @@ def _tuned(comparison: Comparison, runner: Runner, say: Say) -> dict[tuple[str, 
             say(f"{name}: {method}: the best rate, {rates[0]:g}, is at the edge of those tried")
         if rates or not grid:
             found[name, method] = rates[0] if rates else None
-            if plans[name, method]:
-                of = _asked(grid, plans[name, method])
-                chosen[f"{name}, {method}"] = {"lr": rates[0], "of": of}
         else:
             say(f"{name}: {method} failed at every learning rate; try smaller ones (grid.lrs)")
-    if chosen:
-        write_atomically(file, (json.dumps(chosen, indent=1) + "\n").encode())
+    kept.write({key: lr for key, lr in found.items() if plans[key] and lr is not None})
     return found
 
 
-def _asked(rates: Sequence[float], rungs: Sequence[tuple[int, int]]) -> dict[str, Any]:
-    """Return what a rate is chosen from, and how."""
-    return {"lrs": sorted(rates), "runs": [runs for runs, _ in rungs], "rounds": [most for _, most in rungs]}
+class _Chosen:
+    """The rates that were chosen, in `tune/chosen.json`.
+
+    Attributes:
+        failed: settings and methods of which a tuning run failed this time.
+    """
+
+    def __init__(
+        self, comparison: Comparison, folder: Path, plans: dict[tuple[str, str], list[tuple[int, int]]]
+    ) -> None:
+        self._file, self._folder, self._comparison = folder / "tune" / "chosen.json", folder, comparison
+        self._asked = {key: self._of(key, plan) for key, plan in plans.items() if plan}
+        self._kept: dict[str, Any] = json.loads(self._file.read_text()) if self._file.is_file() else {}
+        self.failed: set[tuple[str, str]] = set()
+
+    def _setting(self, name: str) -> Setting:
+        return next(setting for setting in self._comparison.settings if setting.name == name)
+
+    def _of(self, key: tuple[str, str], plan: Sequence[tuple[int, int]]) -> dict[str, Any]:
+        """Return what a rate is chosen from, and how: with another recipe it is another choice."""
+        rates = self._comparison.grid.lrs[key[1]]
+        recipe = self._comparison.tuning(self._setting(key[0]), key[1], rates[0], plan[0][1]).config
+        digest = hashlib.sha256(recipe.to_yaml().encode()).hexdigest()[:16]
+        return {"lrs": list(rates), "runs": [list(rung) for rung in plan], "recipe": digest}
+
+    def standing(self) -> dict[tuple[str, str], float]:
+        """Return the rates that need no tuning any more.
+
+        What was chosen among fewer than were asked for, because others failed, stands once a run was made
+        with it.
+        """
+        found = {}
+        for key, asked in self._asked.items():
+            before = self._kept.get(", ".join(key))
+            if before and before["of"] == asked and (before["whole"] or self._finished(key)):
+                found[key] = float(before["lr"])
+        return found
+
+    def _finished(self, key: tuple[str, str]) -> bool:
+        cells = (
+            self._comparison.cell(self._setting(key[0]), key[1], seed, None)
+            for seed in self._comparison.grid.seeds
+        )
+        return any(RunDirectory(self._folder / cell.folder).result.is_file() for cell in cells)
+
+    def write(self, rates: dict[tuple[str, str], float]) -> None:
+        """Keep what was chosen this time."""
+        for key, lr in rates.items():
+            whole = key not in self.failed
+            self._kept[", ".join(key)] = {"lr": lr, "of": self._asked[key], "whole": whole}
+        if rates:
+            write_atomically(self._file, (json.dumps(self._kept, indent=1) + "\n").encode())
 
 
 def _score(summary: Summary | None) -> float:

@@ -39,7 +39,8 @@ def jobs_for(config: RunConfig, asked: int | None) -> int:
     """
     name, threads, cores = config.engine.name, config.engine.threads or 1, available_cores()
     if asked is None:
-        alone = name != "serial" or pick_device(config.device).type != "cpu"
+        device = pick_device("auto").type if config.device == "auto" else config.device
+        alone = name != "serial" or device != "cpu"
         return 1 if alone else max(1, cores // threads)
     if asked > 1 and name not in IN_ONE_PROCESS:
         raise FederaError(
@@ -132,6 +133,7 @@ def run_cell(config: RunConfig, folder: Path) -> tuple[Summary | None, str]:
         told.unlink(missing_ok=True)
         return summary, ""
     except RoundFailedError as error:
+        told.unlink(missing_ok=True)
         return None, str(error)
     except FederaError as error:
         if not str(error).startswith("--resume:"):

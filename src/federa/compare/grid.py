@@ -40,7 +40,11 @@ SKEW_KEY = {
 
 
 # What a comparison gives every run itself, and the option that says so.
-NOT_FOR_ALL = {"seed": "--seeds", "method.name": "--methods"}
+NOT_FOR_ALL = {
+    "seed": "--seeds",
+    "method.name": "--methods",
+    "method": "--methods, and method.KEY=VALUE for what a method takes",
+}
 
 
 def _words(value: Any) -> Any:
@@ -71,7 +75,7 @@ class Grid(BaseModel):
         tune_rounds: rounds of a tuning run; None for as many as a run has.
         targets: shares of the reference's best score whose cost is told.
         reference: the method that targets are shares of; the first method if it is not among them.
-        jobs: runs at a time; None for one a core where the engine is `serial`, else one.
+        jobs: runs at a time; None for one a core where the engine is `serial` on a CPU, else one.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -286,7 +290,8 @@ def parse_grid(section: Any, options: dict[str, Any]) -> Grid:
     if isinstance(rates := told.get("lrs"), dict):
         # Rates of methods that are not asked for this time are no mistake; those asked for go before.
         if "methods" in asked:
-            told["lrs"] = {name: rates[name] for name in rates if name in _words(asked["methods"])}
+            kept = _words(asked["methods"])
+            told["lrs"] = {name: rates[name] for name in rates if name in kept or name not in METHODS.names()}
         if isinstance(asked.get("lrs"), dict):
             asked["lrs"] = {**told["lrs"], **asked["lrs"]}
     try:

@@ -186,9 +186,22 @@ def read_table(path: str, what: str) -> Any:
         raise FederaError(f"{what}: {path} has no rows")
     if kind == "parquet":
         require_utf8_cells(table, file, what)
+    if file.suffix.lower() == ".tsv":
+        _require_closed_quotes(table, f"{what}: {path}")
     if any(name.startswith("__index_level_") for name in table.column_names):
         raise FederaError(f"{what}: {path} has rows of more cells than its header; quote texts with commas")
     return table
+
+
+def _require_closed_quotes(table: Any, where: str) -> None:
+    """Raise where a quote swallowed ends of cells and lines: many TSV files are written without quoting."""
+    for name, column in table.to_dict().items():
+        for row, cell in enumerate(column):
+            if isinstance(cell, str) and "\t" in cell and "\n" in cell:
+                raise FederaError(
+                    f"{where}: row {row}: column {name!r} goes over several lines from a quote that is not "
+                    "closed; double the quotes inside of cells, or give CSV, JSON lines or Parquet"
+                )
 
 
 def _kind(file: Path, what: str) -> str:
@@ -206,7 +219,17 @@ def _kind(file: Path, what: str) -> str:
 
 
 def _read_folder(folder: Path) -> dict[str, Any]:
-    files = {f.name.split(".")[0]: f for f in sorted(folder.iterdir()) if f.suffix.lower() in _FORMATS}
+    files: dict[str, Path] = {}
+    for file in sorted(folder.iterdir()):
+        name = file.name.removesuffix(file.suffix) if file.suffix.lower() in _FORMATS else ""
+        name = Path(name).stem if file.suffix.lower() == ".gz" else name
+        split = name.partition("-")[0]
+        if split in ("train", "validation", "test") and split != name:
+            raise FederaError(f"data.train: {file} is a part of a split; join the parts into {split}.*")
+        if name in files:
+            raise FederaError(f"data.train: {files[name]} and {file} are both the split {name!r}; keep one")
+        if name:
+            files[name] = file
     if "train" not in files:
         raise FederaError(f"data.train: the folder {folder} has no train.parquet, .csv, .tsv or .jsonl")
     found = {name: files[name] for name in ("train", "validation", "test") if name in files}
@@ -349,7 +372,9 @@ def _hold_out(split: Split, config: DataConfig, task: Needs, fraction: float) ->
     try:
         if units is not None:
             shuffle = GroupShuffleSplit(1, test_size=fraction, random_state=config.split_seed)
-            held = next(shuffle.split(rows, groups=units))[1]
+            # By numbers: an array of texts is as wide as its longest one.
+            number = {unit: i for i, unit in enumerate(sorted(set(units)))}
+            held = next(shuffle.split(rows, groups=[number[unit] for unit in units]))[1]
         else:
             held = _drawn(rows, strata, fraction, config.split_seed)
     except ValueError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -25,12 +26,14 @@ def read_conll(path: Path, what: str) -> Any:
     skipped. Columns are parted by tabs if the file has any, else by spaces.
 
     Raises:
-        FederaError: a line that is not UTF-8, or has one column only; it names the line.
+        FederaError: a line that is not UTF-8, or has one column only or another number of them than most; it
+            names the line.
     """
     lines = list(_lines(path, what))
     tabs = any("\t" in line for line in lines)
     usual = next((len(line.split()) for line in lines if line.strip() and line[0] not in "#-"), 2)
     sentences: list[tuple[list[str], list[str]]] = [([], [])]
+    widths: dict[int, int] = {}  # the number of columns of every line with a word
     for number, line in enumerate(lines, 1):
         if not line.strip():
             sentences.append(([], []))
@@ -45,11 +48,20 @@ def read_conll(path: Path, what: str) -> Any:
             continue
         if len(cells) < 2 or not cells[0] or not cells[-1].strip():
             raise FederaError(f"{what}: {path}, line {number}: expected a word and its tag, got {line!r}")
+        widths[number] = len(cells)
         sentences[-1][0].append(cells[0])
         sentences[-1][1].append(cells[-1].strip())
     kept = [pair for pair in sentences if pair[0]]
     if not kept:
         raise FederaError(f"{what}: {path} has no sentences")
+    # A word too many, or a tag too few, would be read as another column.
+    most = Counter(widths.values()).most_common(1)[0][0]
+    odd_line = next((number for number, width in widths.items() if width != most), None)
+    if odd_line is not None:
+        raise FederaError(
+            f"{what}: {path}, line {odd_line}: {widths[odd_line]} columns, where most lines have {most}: "
+            f"{lines[odd_line - 1]!r}"
+        )
     words, tags = zip(*kept, strict=True)
     return datasets.Dataset.from_dict({"tokens": list(words), "tags": list(tags)})
 

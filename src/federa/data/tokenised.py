@@ -24,6 +24,7 @@ def tokenised(encode: Callable[[], Encoded], table: Any, tokenizer: Any, *settin
         settings: all else that the result depends on, as things with a faithful `repr`.
     """
     digest = hashlib.sha256(repr((settings, _definition(tokenizer))).encode())
+    digest.update(repr(table.features).encode(errors="surrogatepass"))  # the names behind numbers
     for column in sorted(table.column_names):
         digest.update(repr((column, list(table[column]))).encode(errors="surrogatepass"))
     key = digest.hexdigest()

@@ -127,15 +127,16 @@ class Grid:
         scores = self.scores(setting, method)
         return float(scores.mean()) if scores.size else None
 
-    def whole(self, setting: str, method: str) -> bool:
-        """Return whether a method has a score with every seed; a mean of fewer is no match for others'."""
-        return self.scores(setting, method).size == len(self.seeds(setting))
+    def whole(self, setting: str, method: str) -> float | None:
+        """Return the mean if there is a score with every seed: one of fewer is no match for others'."""
+        scores = self.scores(setting, method)
+        return float(scores.mean()) if scores.size == len(self.seeds(setting)) else None
 
     def overall(self, method: str) -> float | None:
         """Return the mean over settings in points, None for a method that lacks a run of them."""
-        if self.lost or not all(self.whole(setting, method) for setting in self.settings):
-            return None
-        return float(np.mean([self.mean(setting, method) for setting in self.settings]))
+        means = [self.whole(setting, method) for setting in self.settings]
+        known = [mean for mean in means if mean is not None]
+        return None if self.lost or len(known) < len(means) else float(np.mean(known))
 
     def slot(self, method: str) -> int:
         """Return a method's place, which gives its colour on the whole page."""

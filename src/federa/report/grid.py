@@ -125,7 +125,7 @@ def _holdings(runs: Sequence[RunRecord]) -> tuple[str, ...]:
 
 def _best(grid: Grid, setting: str) -> str:
     """Return the best method of a setting with its score."""
-    means = {method: mean for method in grid.methods if (mean := grid.mean(setting, method)) is not None}
+    means = {method: mean for method in grid.methods if (mean := grid.whole(setting, method)) is not None}
     best = max(means, key=lambda method: means[method], default=None)
     return f"best: {method_name(best)}, {points(means[best])}" if best is not None else ""
 

@@ -55,7 +55,7 @@ def heat_map(grid: Grid) -> HeatMap | None:
     """Return the heat map, None for a single method."""
     if len(grid.methods) < 2:
         return None
-    table = {grid.name(s): [grid.mean(s, method) for method in grid.methods] for s in grid.settings}
+    table = {grid.name(s): [grid.whole(s, method) for method in grid.methods] for s in grid.settings}
     if len(grid.settings) > 1:
         table["mean over settings"] = [grid.overall(method) for method in grid.methods]
     gaps = {name: _behind(row) for name, row in table.items()}

@@ -98,9 +98,7 @@ def results(grid: Grid) -> Table:
                 *(_cell(grid.scores(s, method), len(grid.seeds(s))) for s in grid.settings),
             ]
         )
-        values.append(
-            [*overall, *(grid.mean(s, method) if grid.whole(s, method) else None for s in grid.settings)]
-        )
+        values.append([*overall, *(grid.whole(s, method) for s in grid.settings)])
     return Table(head, rows, best=frozenset(best_cells(values, max, 1)))
 
 

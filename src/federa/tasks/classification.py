@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -178,9 +179,21 @@ def semeval_f1(truth: Sequence[str], predicted: Sequence[str]) -> float:
     return sum(2 * hits[kind] / times[kind] for kind in kinds) / len(kinds) if kinds else 0.0
 
 
+def _lacks(value: object) -> bool:
+    """Return whether a cell is empty; among numbers that is NaN."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
 def label_names(table: Any, data: DataConfig) -> list[str]:
-    """Return the name of every row's label."""
+    """Return the name of every row's label.
+
+    Raises:
+        RowError: a row without one.
+    """
     values = list(table[data.label_column])
+    missing = next((row for row, value in enumerate(values) if _lacks(value)), None)
+    if missing is not None:
+        raise RowError(missing, f"column {data.label_column!r} is empty")
     names = getattr(table.features[data.label_column], "names", None)
     if names is not None:  # by name: another table may number its labels in another order
         values = [names[v] if isinstance(v, int) and 0 <= v < len(names) else v for v in values]

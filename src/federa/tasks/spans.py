@@ -28,17 +28,19 @@ def illegal(tags: Sequence[str], marks: str = "BI") -> int | None:
     Args:
         tags: of a sentence.
         marks: those that there are beside `O`; with `BIOES`'s, `E-TYPE` is an `I-` that ends its entity, and
-            `S-TYPE` an entity of one word.
+            `S-TYPE` an entity of one word, and an entity of several must end with an `E-`.
     """
-    before = ""
+    before, closed = "", "E" in marks
     for i, tag in enumerate(tags):
         mark, kind = split_tag(tag)
         if tag != OUTSIDE and (len(mark) != 1 or mark not in marks or not kind):
             return i
         if mark in CONTINUES and kind != before:
             return i
+        if closed and before and mark not in CONTINUES:
+            return i  # the entity before has no end
         before = kind if mark in "BI" else ""
-    return None
+    return len(tags) - 1 if closed and before else None
 
 
 def from_iob1(tags: Sequence[str]) -> list[str]:

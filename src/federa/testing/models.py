@@ -64,6 +64,7 @@ def check_task(task: Task, train: Any, data: DataConfig, tokenizer: Any) -> None
         assert len(predictions) == len(examples), "a prediction an example"
         scores = task.score(predictions, encoded, examples)
         assert task.primary in scores, f"the score lacks {task.primary!r}"
+        assert 0 <= scores[task.primary] <= 1, f"{task.primary} is no share, of which more is better"
         assert all(np.isfinite(value) for value in scores.values()), f"a score is not finite: {scores}"
         for prediction in predictions:
             json.dumps(task.show(prediction, labels))
