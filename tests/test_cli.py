@@ -187,7 +187,7 @@ def test_mistakes_with_a_run(done, capsys):
             "predict: model/model.safetensors is not of a known format",
         ),
         (["predict", "done", "gap.txt"], "line 2 of gap.txt is blank"),
-        (["predict", "done", "numbers.csv"], "data: row 0: column 'text' is 1, not a text"),
+        (["predict", "done", "numbers.csv"], "example 0: text: expected text, got 1"),
     ]
     for arguments, message in cases:
         assert refused(capsys, done, *arguments).startswith(message), arguments
