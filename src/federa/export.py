@@ -160,7 +160,8 @@ def read_examples(file: Path | None, columns: tuple[str, ...], first: str | None
     except UnicodeDecodeError as error:
         raise FederaError(f"{file or 'standard input'} is not text in UTF-8") from error
     # A line ends at a newline and nowhere else: texts may hold form feeds and Unicode's separators.
-    lines = [line.removesuffix("\r") for line in content.removeprefix("\ufeff").rstrip().split("\n")]
+    content = content.removeprefix("\ufeff").rstrip()
+    lines = [line.removesuffix("\r") for line in content.split("\n")] if content else []
     blank = next((i for i, line in enumerate(lines, 1) if not line.strip()), None)
     if blank is not None:
         raise FederaError(f"line {blank} of {file or 'standard input'} is blank; give one text a line")

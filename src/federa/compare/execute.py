@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 
+from federa.checkpoint import RunDirectory
 from federa.compare.grid import Cell
 from federa.config import RunConfig, parse_config
 from federa.engines import Stacked
 from federa.machine import available_cores, die_with_parent
 from federa.models import pick_device
+from federa.progress import readable_seconds
 from federa.run import run
 from federa.types import FederaError, RoundFailedError
 
@@ -154,3 +156,45 @@ def _start_worker(threads: int) -> None:
 
 def _in_worker(recipe: dict[str, Any], folder: str) -> tuple[Summary | None, str]:
     return run_cell(parse_config(recipe), Path(folder))
+
+
+class Told:
+    """Says a line for every run that ends."""
+
+    def __init__(self, of: int, say: Say) -> None:
+        self._done, self._of, self._say = 0, of, say
+
+    def __call__(self, cell: Cell, summary: Summary | None, wrong: str) -> None:
+        """Say what a run came to, or what went wrong."""
+        self._done += 1
+        what = f"[{self._done}/{self._of}] {cell.setting}: {cell.folder.name}"
+        if summary is None:
+            self._say(f"{what}: {wrong}")
+            return
+        spent = readable_seconds(summary["seconds_rounds"])
+        self._say(f"{what}: {summary['metric']} {summary['final']:.4f} in {spent}")
+
+
+def require_same_data(folder: Path, cells: Sequence[Cell]) -> None:
+    """Raise unless finished cells of a setting met the same examples and the same encoder.
+
+    Those of one seed met the same clients as well.
+
+    Raises:
+        FederaError: they did not: data or model have changed since the first of them ran.
+    """
+    met: dict[tuple[object, ...], tuple[object, Cell]] = {}
+    for cell in cells:
+        run = RunDirectory(folder / cell.folder)
+        held, result = run.read_json("partition.json") or {}, run.read_json("result.json") or {}
+        for what, where, value in (
+            ("data", (), held.get("data")),
+            ("data", (cell.config.seed,), held.get("fingerprint")),
+            ("model", (), result.get("fingerprint")),
+        ):
+            found, first = met.setdefault((what, cell.setting, *where), (value, cell))
+            if found != value:
+                raise FederaError(
+                    f"--out: {first.folder} and {cell.folder} in {folder} were not run on the same {what}; "
+                    "compare into another directory"
+                )

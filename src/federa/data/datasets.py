@@ -20,6 +20,7 @@ from federa.data.readers import (
     read_conll,
     read_mrqa,
     read_squad,
+    require_closed_quotes,
     require_utf8,
     require_utf8_cells,
 )
@@ -187,21 +188,10 @@ def read_table(path: str, what: str) -> Any:
     if kind == "parquet":
         require_utf8_cells(table, file, what)
     if file.suffix.lower() == ".tsv":
-        _require_closed_quotes(table, f"{what}: {path}")
+        require_closed_quotes(table, f"{what}: {path}")
     if any(name.startswith("__index_level_") for name in table.column_names):
         raise FederaError(f"{what}: {path} has rows of more cells than its header; quote texts with commas")
     return table
-
-
-def _require_closed_quotes(table: Any, where: str) -> None:
-    """Raise where a quote swallowed ends of cells and lines: many TSV files are written without quoting."""
-    for name, column in table.to_dict().items():
-        for row, cell in enumerate(column):
-            if isinstance(cell, str) and "\t" in cell and "\n" in cell:
-                raise FederaError(
-                    f"{where}: row {row}: column {name!r} goes over several lines from a quote that is not "
-                    "closed; double the quotes inside of cells, or give CSV, JSON lines or Parquet"
-                )
 
 
 def _kind(file: Path, what: str) -> str:
@@ -284,10 +274,8 @@ def read_splits(config: DataConfig, task: Needs) -> Splits:
     splits = {name: Split(table, name, np.arange(len(table))) for name, table in tables.items()}
     if "test" not in splits:
         splits["train"], splits["test"] = _hold_out(splits["train"], config, task, config.test_fraction)
-    of_train = config.evaluate_on == "validation" or (
-        config.evaluate_on == "held_out" and config.validation_fraction > 0
-    )
-    if of_train and "validation" not in splits:
+    also = config.evaluate_on == "held_out" and config.validation_fraction > 0
+    if (also or config.evaluate_on == "validation") and "validation" not in splits:
         if config.validation_fraction == 0:
             raise FederaError("data.evaluate_on=validation: give data.validation or data.validation_fraction")
         splits["train"], splits["validation"] = _hold_out(

@@ -262,3 +262,14 @@ def _require_there(text: str | None, context: str, first: int, last: int) -> Non
             f"the answer {text!r} is not at [{first}, {last}] (an end is the last character); there stands "
             f"{there!r}"
         )
+
+
+def require_closed_quotes(table: Any, where: str) -> None:
+    """Raise where a quote swallowed ends of cells and lines: many TSV files are written without quoting."""
+    for name, column in table.to_dict().items():
+        for row, cell in enumerate(column):
+            if isinstance(cell, str) and "\t" in cell and "\n" in cell:
+                raise FederaError(
+                    f"{where}: row {row}: column {name!r} goes over several lines from a quote that is not "
+                    "closed; double the quotes inside of cells, or give CSV, JSON lines or Parquet"
+                )
