@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ def tuned_rates(comparison: Comparison, runner: Runner, say: Say) -> dict[tuple[
         for method in comparison.grid.methods:
             ranked[name, method] = list(comparison.grid.lrs.get(method, ()))
     plans = {key: comparison.rungs(by_name[key[0]], key[1]) for key in ranked}
-    kept = _Chosen(comparison, runner.folder, plans)
+    kept = _Chosen(comparison, by_name, runner.folder, plans)
     for key, lr in kept.standing().items():
         ranked[key], plans[key] = [lr], []
     for rung in range(max(len(plan) for plan in plans.values())):
@@ -69,20 +69,22 @@ class _Chosen:
     """
 
     def __init__(
-        self, comparison: Comparison, folder: Path, plans: dict[tuple[str, str], list[tuple[int, int]]]
+        self,
+        comparison: Comparison,
+        settings: Mapping[str, Setting],
+        folder: Path,
+        plans: Mapping[tuple[str, str], Sequence[tuple[int, int]]],
     ) -> None:
-        self._file, self._folder, self._comparison = folder / "tune" / "chosen.json", folder, comparison
+        self._comparison, self._settings = comparison, settings
+        self._folder, self._file = folder, folder / "tune" / "chosen.json"
         self._asked = {key: self._of(key, plan) for key, plan in plans.items() if plan}
         self._kept: dict[str, Any] = json.loads(self._file.read_text()) if self._file.is_file() else {}
         self.failed: set[tuple[str, str]] = set()
 
-    def _setting(self, name: str) -> Setting:
-        return next(setting for setting in self._comparison.settings if setting.name == name)
-
     def _of(self, key: tuple[str, str], plan: Sequence[tuple[int, int]]) -> dict[str, Any]:
         """Return what a rate is chosen from, and how: with another recipe it is another choice."""
         rates = self._comparison.grid.lrs[key[1]]
-        recipe = self._comparison.tuning(self._setting(key[0]), key[1], rates[0], plan[0][1]).config
+        recipe = self._comparison.tuning(self._settings[key[0]], key[1], rates[0], plan[0][1]).config
         digest = hashlib.sha256(recipe.to_yaml().encode()).hexdigest()[:16]
         return {"lrs": list(rates), "runs": [list(rung) for rung in plan], "recipe": digest}
 
@@ -100,10 +102,8 @@ class _Chosen:
         return found
 
     def _finished(self, key: tuple[str, str]) -> bool:
-        cells = (
-            self._comparison.cell(self._setting(key[0]), key[1], seed, None)
-            for seed in self._comparison.grid.seeds
-        )
+        setting, seeds = self._settings[key[0]], self._comparison.grid.seeds
+        cells = (self._comparison.cell(setting, key[1], seed, None) for seed in seeds)
         return any(RunDirectory(self._folder / cell.folder).result.is_file() for cell in cells)
 
     def write(self, rates: dict[tuple[str, str], float]) -> None:
