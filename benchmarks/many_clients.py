@@ -9,23 +9,21 @@ has a process of its own (`measured_run.py`); the recipes take turns.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-MEASURED_RUN = Path(__file__).resolve().parent / "measured_run.py"
-TEXTS = 20_000
+from curves import run_point
+
+TEXTS, ROUNDS = 20_000, 4
 
 
 def run(folder: Path, clients: int) -> dict[str, Any]:
     """Return what `measured_run.py` prints about one run."""
     changes = {
-        "rounds": 4,
         "cohort": 100,
         "partition.clients": clients,
         "examples": TEXTS // clients,
@@ -33,15 +31,7 @@ def run(folder: Path, clients: int) -> dict[str, Any]:
         "client.batch_size": 2,
         "task.max_length": 32,
     }
-    words = [f"{key}={value}" for key, value in changes.items()]
-    done = subprocess.run(
-        [sys.executable, str(MEASURED_RUN), str(folder), *words],
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return run_point(folder, changes, ROUNDS)
 
 
 def spread(values: Sequence[float], unit: str, digits: int) -> str:

@@ -67,18 +67,16 @@ def timed_run() -> None:
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
         federa.run(parse_config({}).replace(**DEMO), out=Path(folder) / "run")
-        print(
-            time.perf_counter() - began, starts[0]
-        )  # the others are the workers', who take what they are sent
+        # The first start is the server's; workers take what they are sent.
+        print(time.perf_counter() - began, starts[0])
 
 
 def shares(repeats: int) -> None:
     """Print what the start takes of default runs."""
     found = []
+    native.build(cache_folder() / "kernels")  # compiling them is not part of the question
     for _ in range(repeats):
         with tempfile.TemporaryDirectory() as empty:
-            # Compiled kernels are not part of the question.
-            native.build(cache_folder() / "kernels")
             (Path(empty) / "kernels").symlink_to(cache_folder() / "kernels")
             done = subprocess.run(
                 [sys.executable, __file__, "--timed-run"],
