@@ -59,10 +59,7 @@ class Classification(Task):
         feature = table.features[data.label_column]
         if hasattr(feature, "names"):
             return self._checked(list(feature.names))
-        column = list(table[data.label_column])
-        if None in column:
-            raise RowError(column.index(None), f"column {data.label_column!r} is empty")
-        values = set(column)
+        values = set(_values(table, data))
         if len(values) < 2:
             raise FederaError(f"data.label_column: {data.label_column!r} has one value only; two are needed")
         return self._checked([str(value) for value in sorted(values)])
@@ -184,8 +181,8 @@ def _lacks(value: object) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
-def label_names(table: Any, data: DataConfig) -> list[str]:
-    """Return the name of every row's label.
+def _values(table: Any, data: DataConfig) -> list[Any]:
+    """Return every row's label as the table has it.
 
     Raises:
         RowError: a row without one.
@@ -194,6 +191,16 @@ def label_names(table: Any, data: DataConfig) -> list[str]:
     missing = next((row for row, value in enumerate(values) if _lacks(value)), None)
     if missing is not None:
         raise RowError(missing, f"column {data.label_column!r} is empty")
+    return values
+
+
+def label_names(table: Any, data: DataConfig) -> list[str]:
+    """Return the name of every row's label.
+
+    Raises:
+        RowError: a row without one.
+    """
+    values = _values(table, data)
     names = getattr(table.features[data.label_column], "names", None)
     if names is not None:  # by name: another table may number its labels in another order
         values = [names[v] if isinstance(v, int) and 0 <= v < len(names) else v for v in values]
