@@ -30,6 +30,7 @@ from federa.config import RunConfig
 from federa.data.batches import Encoded
 from federa.engines import Processes, Serial
 from federa.experiment import Experiment, build_experiment
+from federa.local_optimizer import LocalOptimizer
 from federa.run import Observer
 from federa.seeds import torch_seeded
 from federa.server import finish_round, make_jobs
@@ -40,22 +41,20 @@ def steps_alone(experiment: Experiment, jobs: Sequence[Job]) -> float:
     """Return the seconds of the jobs' steps: forward, backward, clipping, optimizer."""
     trainer: Trainer = experiment.trainer
     flat, config, data = trainer.flat, trainer.config, experiment.train
+    optimizer = LocalOptimizer(flat, config)
     batches = [
         data.batch(rows, trainer.device)
         for job in jobs
         for rows in trainer.batches(data, experiment.parts[job.client_id], job)
     ]
     flat.load_(experiment.params)
-    optimizer = trainer._optimizer(config.lr or 0.0)
+    optimizer.restart(config.lr or 0.0, config.lr or 0.0)
     trainer.model.train()
     with torch_seeded(0):
         began = time.perf_counter()
         for batch in batches:
             flat.backward_(trainer.model(**batch).loss)
-            length = torch.linalg.vector_norm(flat.gradient)
-            flat.gradient.mul_((config.clip_norm / (length + 1e-6)).clamp(max=1.0))
             optimizer.step()
-            flat.push_()
         return time.perf_counter() - began
 
 

@@ -32,8 +32,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from federa.client import FlatParameters
 from federa.cpu import speed_up
+from federa.flat_parameters import FlatParameters
 from federa.models import resolve_model
 
 LENGTH, VOCABULARY, WIDTH, HEADS = 128, 6_800, 384, 12

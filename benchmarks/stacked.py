@@ -21,6 +21,7 @@ input. Every model stays on the device: memory is what a way takes at its highes
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -34,7 +35,7 @@ from torch.utils.data import DataLoader
 from federa.client import ClientConfig, Trainer
 from federa.cpu import speed_up
 from federa.data.batches import Encoded, Ragged
-from federa.engines.stacking import train_together
+from federa.engines.stacking import Lanes, train_together
 from federa.masks import use_ready_masks
 from federa.methods import METHODS, Setup
 from federa.seeds import seed_for, torch_seeded
@@ -44,6 +45,7 @@ from federa.types import Job, State, Update
 LABELS = 20
 VOCABULARY = {"bert": 30_522, "roberta": 50_265, "deberta": 128_100}
 PEAK_SIDE = 8192
+WARM_UP = 2  # rounds: in the second the steps are recorded
 
 
 def parse() -> argparse.Namespace:
@@ -101,8 +103,8 @@ def random_model(options: argparse.Namespace) -> transformers.PreTrainedModel:
         return transformers.AutoModelForSequenceClassification.from_config(config)
 
 
-def build(options: argparse.Namespace) -> tuple[Trainer, State]:
-    """Return a trainer of a random model, and its start."""
+def build(options: argparse.Namespace, *, graphs: bool = True) -> tuple[Trainer, State]:
+    """Return a trainer of a random model, with CUDA graphs or without, and its start."""
     model = random_model(options)
     base = f"{model.base_model_prefix}."
     head = frozenset(name for name, _ in model.named_parameters() if not name.startswith(base))
@@ -113,7 +115,9 @@ def build(options: argparse.Namespace) -> tuple[Trainer, State]:
         speed_up(model)
     else:
         use_ready_masks(model)
-    client = ClientConfig(lr=method.default_lr, batch_size=options.batch, precision=options.precision)
+    client = ClientConfig(
+        lr=method.default_lr, batch_size=options.batch, precision=options.precision, cuda_graphs=graphs
+    )
     return Trainer(model, head, frozenset(), Classification(), client), start
 
 
@@ -133,37 +137,38 @@ def main() -> None:
     options = parse()
     if options.threads:
         torch.set_num_threads(options.threads)
-    trainer, start = build(options)
     data, parts = draw(options)
     jobs = [Job(1, client, seed_for(0, "client", client), 1e-3) for client in range(options.clients)]
     size = options.at_once or options.clients
     some = jobs[: options.alone or None]
 
-    def alone() -> list[Update]:
+    def alone(trainer: Trainer, start: State) -> list[Update]:
         return [trainer.train(start, data, parts[job.client_id], job)[0] for job in some]
 
-    def together() -> list[Update]:
+    def together(lanes: Lanes, start: State) -> list[Update]:
         groups = [jobs[i : i + size] for i in range(0, len(jobs), size)]
         return [
             update
             for group in groups
             for update, _ in train_together(
-                trainer, start, data, [parts[job.client_id] for job in group], group, [{}] * len(group)
+                lanes, start, data, [parts[job.client_id] for job in group], group, [{}] * len(group)
             )
         ]
 
+    cuda = options.device == "cuda"
     ours = f"{size} side by side"
-    ways: dict[str, tuple[Callable[[], object], int]] = {
-        "one at a time": (alone, len(some)),
-        ours: (together, len(jobs)),
-    }
+    ways: dict[str, tuple[Callable[[], object], int]] = {}
+    for graphs in (True, False) if cuda else (False,):
+        trainer, start = build(options, graphs=graphs)
+        kind = "" if graphs or not cuda else ", without graphs"
+        ways[ours + kind] = functools.partial(together, Lanes(trainer, size), start), len(jobs)
+        ways["one at a time" + kind] = functools.partial(alone, trainer, start), len(some)
     for precision in options.plain:
         round_of = plain_round(options, precision, data, [parts[job.client_id] for job in some])
         ways[f"plain peft, {precision}"] = (round_of, len(some))
     rates: dict[str, list[float]] = {name: [] for name in ways}
     memory: dict[str, int] = {}
-    cuda = options.device == "cuda"
-    for number in range(options.rounds + 1):  # the first warms up
+    for number in range(-WARM_UP, options.rounds):
         for name, (way, count) in ways.items():
             if cuda:
                 torch.cuda.synchronize()
@@ -171,7 +176,7 @@ def main() -> None:
                 before = torch.cuda.memory_allocated()
             began = time.perf_counter()
             way()  # what it returns is on the CPU
-            if number:
+            if number >= 0:
                 rates[name].append(count / (time.perf_counter() - began))
             if cuda:
                 memory[name] = torch.cuda.max_memory_allocated() - before

@@ -11,9 +11,10 @@ import transformers
 from torch import nn
 
 from federa import run
-from federa.client import ClientConfig, FlatParameters, measured_precision, scheduled_lr
+from federa.client import ClientConfig, measured_precision, scheduled_lr
 from federa.cpu import native
 from federa.data.batches import training_batches
+from federa.flat_parameters import FlatParameters
 from federa.seeds import generator
 from federa.server import make_jobs
 from federa.types import Job

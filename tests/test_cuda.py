@@ -10,6 +10,7 @@ import yaml
 
 from federa import run
 from federa.engines import Serial, Stacked, stacked, stacking
+from federa.local_optimizer import LocalOptimizer
 from federa.run import Observer
 from federa.seeds import torch_seeded
 from federa.state import load_state
@@ -105,14 +106,15 @@ def test_a_step_waits_for_nothing(recipe, encoder, family, engine):
     trainer, data = experiment.trainer, experiment.train
     rows, job = experiment.parts[0][:4], jobs_of(experiment)[0]
     trainer.flat.load_(experiment.params, experiment.kept.start)
-    optimizer = trainer._optimizer(job.lr)
-    lanes = stacking.Lanes(trainer, experiment.params, [{}] * 2, [0.1] * 2)
+    optimizer = LocalOptimizer(trainer.flat, trainer.config)
+    optimizer.restart(job.lr, job.lr)
+    lanes = stacking.Lanes(trainer, 2)
+    lanes.load_(experiment.params, [{}] * 2, [0.1] * 2)
     trainer.model.train()
 
     def alone():
         trainer.gradient_(data, rows)
         optimizer.step()
-        trainer.flat.push_()
 
     def together():
         with stacking.attention_of_all(trainer.model):
@@ -136,9 +138,8 @@ def test_a_group_takes_no_more_than_was_planned(recipe, method):
     parts = [experiment.parts[job.client_id] for job in jobs]
 
     def group():
-        stacking.train_together(
-            experiment.trainer, experiment.params, experiment.train, parts, jobs, [{}] * len(jobs)
-        )
+        lanes = stacking.Lanes(experiment.trainer, len(jobs))
+        stacking.train_together(lanes, experiment.params, experiment.train, parts, jobs, [{}] * len(jobs))
 
     group()
     torch.cuda.reset_peak_memory_stats()
@@ -146,6 +147,67 @@ def test_a_group_takes_no_more_than_was_planned(recipe, method):
     group()
     peak = torch.cuda.max_memory_allocated() - before
     assert peak <= room
+
+
+@pytest.mark.parametrize("engine", ["serial", "stacked"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("method", METHODS)
+def test_recorded_steps_are_those_as_they_come(recipe, monkeypatch, method, optimizer, engine):
+    """To the bit, dropout's draws among them: three rounds, the same clients, so that every shape is replayed."""
+    replays = []
+    plain = torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(
+        torch.cuda.CUDAGraph, "replay", lambda graph: (replays.append(graph), plain(graph))[1]
+    )
+
+    def rounds(graphs):
+        experiment = on(
+            "cuda", recipe, method=METHODS[method], client__dropout=0.3, client__cuda_graphs=graphs,
+            client__optimizer=optimizer, client__lr=0.01, client__weight_decay=0.1, client__proximal=0.1,
+            client__head_lr=0.02, **({"client__momentum": 0.9} if optimizer == "sgd" else {}),
+        )  # fmt: skip
+        jobs, found = jobs_of(experiment), []
+        with (Serial() if engine == "serial" else Stacked()).open(experiment) as session:
+            for number in range(3):
+                params = {n: p + 0.01 * number for n, p in experiment.params.items()}
+                found += session.train(
+                    params, [dataclasses.replace(job, lr=job.lr * (1 + number)) for job in jobs]
+                )
+        return found
+
+    as_they_come = rounds(False)
+    assert not replays
+    recorded = rounds(True)
+    assert len(set(replays)) < len(replays)
+    for one, other in zip(recorded, as_they_come, strict=True):
+        assert one.metrics["loss"] == other.metrics["loss"]
+        assert same(one.delta, other.delta)
+
+
+def test_a_step_that_waits_is_not_recorded(recipe, monkeypatch, caplog):
+    experiment = on("cuda", recipe)
+    loss = type(experiment.trainer.task).loss
+
+    def waiting(task, said, inputs):
+        found = loss(task, said, inputs)
+        return found * (1.0 if found.item() > -1 else 0.0)
+
+    monkeypatch.setattr(type(experiment.trainer.task), "loss", waiting)
+    with caplog.at_level("INFO"), Serial().open(experiment) as session:
+        for _ in range(3):
+            list(session.train(experiment.params, jobs_of(experiment)))
+    assert not len(experiment.trainer._graphs)
+    assert "waits for the device" in caplog.text
+
+
+def test_steps_are_recorded_where_there_is_room_twice(recipe, monkeypatch):
+    experiment = on("cuda", recipe)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 1 << 40))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", torch.cuda.memory_allocated)
+    with Serial().open(experiment) as session:
+        for _ in range(3):
+            list(session.train(experiment.params, jobs_of(experiment)))
+    assert not len(experiment.trainer._graphs)
 
 
 class _Stopped(Observer):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.models.deberta_v2 import modeling_deberta_v2
 
 from federa.masks import use_ready_masks
 from federa.types import Job
@@ -77,3 +78,24 @@ def test_updates_are_those_of_transformers_masks(recipe, changes, monkeypatch, r
         deltas.append(update.delta)
     np.testing.assert_allclose(*outputs, atol=1e-6)
     assert furthest(*deltas) < 1e-6 < max(float(t.abs().max()) for t in deltas[0].values())
+
+
+def test_debertas_relative_positions_are_computed_once_a_length(recipe, encoder, monkeypatch):
+    """First while predicting: training must be able to read what is kept."""
+    as_on_an_accelerator(monkeypatch, ready=True)
+    experiment = build(recipe, model__name=str(encoder("deberta-v2")), method__name="lora")
+    asked = []
+    computed = modeling_deberta_v2.build_relative_position
+    monkeypatch.setattr(
+        modeling_deberta_v2,
+        "build_relative_position",
+        lambda *a, **k: (asked.append(1), computed(*a, **k))[1],
+    )
+    rows = np.arange(8)
+    list(experiment.trainer.predict(experiment.params, experiment.train, [rows, rows]))
+    experiment.trainer.train(experiment.params, experiment.train, rows, Job(1, 0, 5, 1e-3))
+    assert len(asked) == 1
+    longer = np.argsort(experiment.train.lengths())[-8:]
+    assert experiment.train.lengths()[longer].max() != experiment.train.lengths()[rows].max()
+    list(experiment.trainer.predict(experiment.params, experiment.train, [longer]))
+    assert len(asked) == 2

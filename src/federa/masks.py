@@ -1,7 +1,9 @@
-"""Attention masks that are made without a look at any value."""
+"""Attention masks and relative positions that are made without a wait for the device."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.deberta_v2.modeling_deberta_v2 import DebertaV2Encoder
 
 ATTENTION = "federa_ready"  # before the name of the attention that it runs
 
@@ -46,12 +49,35 @@ def ready_mask(  # noqa: PLR0917
 def use_ready_masks(model: Any) -> None:
     """Let a transformers model's own attention take masks that no step waits for.
 
-    A family that does not go through transformers' registry (DeBERTa) makes its masks itself, and is left as
-    it is.
+    A family that does not go through transformers' registry (DeBERTa) makes its masks itself, and those do
+    not wait; but its relative positions do, in every step.
     """
     if not getattr(model, "_supports_attention_backend", False):
+        for module in model.modules():
+            if isinstance(module, DebertaV2Encoder):
+                module.get_rel_pos = functools.partial(_kept_positions, module.get_rel_pos, {})
         return
     name = model.config._attn_implementation
     AttentionInterface.register(f"{ATTENTION}_{name}", ALL_ATTENTION_FUNCTIONS[name])
     AttentionMaskInterface.register(f"{ATTENTION}_{name}", ready_mask)
     model.set_attn_implementation(f"{ATTENTION}_{name}")
+
+
+def _kept_positions(
+    computed: Callable[..., Tensor | None],
+    kept: dict[tuple[int, int, torch.device], Tensor | None],
+    hidden: Tensor,
+    query: Tensor | None = None,
+    given: Tensor | None = None,
+) -> Tensor | None:
+    """Return DeBERTa's relative positions, which only lengths settle: each pair of lengths is computed once.
+
+    To compute them transformers copies a number to the device and waits.
+    """
+    if given is not None:
+        return given
+    key = ((hidden if query is None else query).size(-2), hidden.size(-2), hidden.device)
+    if key not in kept:
+        with torch.inference_mode(False):  # training reads them too
+            kept[key] = computed(hidden, query)
+    return kept[key]

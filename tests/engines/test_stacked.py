@@ -294,7 +294,8 @@ def check_estimate(experiment, clients=4):
     trainer.model.train()
 
     def step():
-        lanes = stacking.Lanes(trainer, experiment.params, [{}] * clients, [0.1] * clients)
+        lanes = stacking.Lanes(trainer, clients)
+        lanes.load_(experiment.params, [{}] * clients, [0.1] * clients)
         batch = stacking.stacked_batch(data, [rows] * clients, trainer.device)
         with stacking.attention_of_all(trainer.model), torch_seeded(0):
             lanes.step_(lanes.losses(batch, clients))
@@ -334,7 +335,11 @@ def test_what_a_round_before_left_has_no_influence(recipe):
         first = list(session.train(experiment.params, jobs))
         next(session.train(other, jobs))  # and abandoned
         again = list(session.train(experiment.params, jobs))
+        wild = {n: torch.full_like(p, torch.nan) for n, p in experiment.params.items()}
+        assert not any(t.isfinite().all() for u in session.train(wild, jobs) for t in u.delta.values())
+        last = list(session.train(experiment.params, jobs))
     assert all(same(one.delta, two.delta) for one, two in zip(first, again, strict=True))
+    assert all(same(one.delta, two.delta) for one, two in zip(first, last, strict=True))
 
 
 def test_heads_that_clients_keep(recipe, tmp_path):

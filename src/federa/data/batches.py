@@ -15,6 +15,7 @@ from torch import Tensor
 
 from federa.types import IntArray
 
+ON_A_GPU = 16  # tokens
 IGNORED_LABEL = -100  # the label that torch's cross entropy skips
 IGNORED_POSITION = 1 << 20  # beyond every token: transformers' loss for spans skips it
 
@@ -45,10 +46,11 @@ class Ragged:
         """Return the length of every row, `(num_rows,)`."""
         return np.diff(self.offsets)
 
-    def padded(self, rows: IntArray, fill: int) -> Tensor:
-        """Return the chosen rows as int64, `(len(rows), longest of them)`, filled up at the right."""
+    def padded(self, rows: IntArray, fill: int, width: int | None = None) -> Tensor:
+        """Return the chosen rows as int64, `(len(rows), width)` (the longest's), filled up at the right."""
         lengths = self.offsets[rows + 1] - self.offsets[rows]
-        out = np.full((len(rows), int(lengths.max(initial=1))), fill, dtype=np.int64)
+        width = width or int(lengths.max(initial=1))
+        out = np.full((len(rows), width), fill, dtype=np.int64)
         for i, row in enumerate(rows):
             out[i, : lengths[i]] = self.values[self.offsets[row] : self.offsets[row + 1]]
         return torch.from_numpy(out)
@@ -103,19 +105,39 @@ class Encoded:
         """Return the number of tokens of every row, `(num_rows,)`."""
         return self.features["input_ids"].lengths()
 
-    def batch(self, rows: IntArray, device: torch.device, *, labels: bool = True) -> dict[str, Tensor]:
-        """Return model inputs for some rows, each tensor `(len(rows), longest of them)` or `(len(rows),)`."""
-        inputs = {name: ragged.padded(rows, self.pad[name]) for name, ragged in self.features.items()}
-        lengths = torch.from_numpy(self.lengths()[rows])
-        width = inputs["input_ids"].shape[1]
-        inputs["attention_mask"] = (torch.arange(width)[None, :] < lengths[:, None]).long()
+    def batch(
+        self, rows: IntArray, device: torch.device, *, labels: bool = True, multiple: int | None = None
+    ) -> dict[str, Tensor]:
+        """Return model inputs for some rows.
+
+        Args:
+            rows: their numbers.
+            device: where the inputs are to be.
+            labels: whether the targets are among them.
+            multiple: what the length is to be a multiple of; None for what suits the device.
+
+        Returns:
+            By name `(len(rows), length)` or `(len(rows),)`: the longest row's length, rounded up, but not
+            beyond the longest row of the data set, which the model has room for.
+        """
+        lengths = self.lengths()
+        longest, step = int(lengths[rows].max(initial=1)), multiple or padding_multiple(device)
+        width = max(longest, min(-(-longest // step) * step, int(lengths.max())))
+        inputs = {name: held.padded(rows, self.pad[name], width) for name, held in self.features.items()}
+        own = torch.from_numpy(lengths[rows])
+        inputs["attention_mask"] = (torch.arange(width)[None, :] < own[:, None]).long()
         for name, target in self.targets.items() if labels else ():
             inputs[name] = (
-                target.padded(rows, self.pad[name])
+                target.padded(rows, self.pad[name], width)
                 if isinstance(target, Ragged)
                 else torch.from_numpy(target[rows])
             )
         return moved(inputs, device)
+
+
+def padding_multiple(device: torch.device) -> int:
+    """Return what lengths are rounded up to: on a GPU few shapes are to be met (`cuda_graphs.py`)."""
+    return ON_A_GPU if device.type == "cuda" else 1
 
 
 def moved(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:

@@ -42,6 +42,7 @@ class StackedSession:
     def __init__(self, experiment: Experiment, clients: int) -> None:
         self._experiment = experiment
         self.clients = clients
+        self._held: Lanes | None = None
 
     def train(self, params: State, jobs: Sequence[Job]) -> Iterator[Update]:
         """See `Session.train`.
@@ -71,7 +72,7 @@ class StackedSession:
         try:
             parts = [experiment.parts[job.client_id] for job in jobs]
             own = [experiment.kept.load(job) for job in jobs]
-            return train_together(experiment.trainer, params, experiment.train, parts, jobs, own)
+            return train_together(self._lanes(len(jobs)), params, experiment.train, parts, jobs, own)
         except FederaError:
             raise
         except torch.OutOfMemoryError as error:
@@ -80,6 +81,13 @@ class StackedSession:
             who = ("clients " if len(jobs) > 1 else "client ") + ", ".join(str(job.client_id) for job in jobs)
             text = f"round {jobs[0].round}: {who} failed: {type(error).__name__}: {error}"
             raise RoundFailedError(f"{text}. The last good state is kept") from error
+
+    def _lanes(self, count: int) -> Lanes:
+        """Return lanes for so many clients, those of before if they do."""
+        if self._held is None or self._held.clients < count:
+            self._held = None  # before there are two
+            self._held = Lanes(self._experiment.trainer, count)
+        return self._held
 
 
 def _too_many(clients: int) -> FederaError:
@@ -138,7 +146,8 @@ def _try_out(experiment: Experiment) -> None:
     with torch.no_grad():
         alone = [trainer.loss(data, part) for part in parts]
     try:
-        lanes = Lanes(trainer, experiment.params, [start, start], [1.0, 1.0])
+        lanes = Lanes(trainer, 2)
+        lanes.load_(experiment.params, [start, start], [1.0, 1.0])
         batch = stacked_batch(data, parts, trainer.device)
         with attention_of_all(model), torch_seeded(0):
             together = lanes.losses(batch, 2).detach()
@@ -188,7 +197,8 @@ def memory_of_a_client(experiment: Experiment) -> int:
     trainer.model.train()
 
     def step() -> None:
-        lanes = Lanes(trainer, experiment.params, [experiment.kept.start], [1.0])
+        lanes = Lanes(trainer, 1)
+        lanes.load_(experiment.params, [experiment.kept.start], [1.0])
         with attention_of_all(trainer.model), torch_seeded(0):
             lanes.step_(lanes.losses(stacked_batch(data, [rows], trainer.device), 1))
 

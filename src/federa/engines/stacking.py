@@ -8,7 +8,6 @@ because no client's parameters or examples touch another's.
 from __future__ import annotations
 
 import functools
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,60 +23,93 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from federa.client import ClientConfig, Trainer
-from federa.data.batches import Encoded, moved
+from federa.cuda_graphs import CudaGraphs
+from federa.data.batches import Encoded, moved, padding_multiple
+from federa.machine import free_main_memory
 from federa.masks import ready_mask
 from federa.seeds import seed_for, torch_seeded
 from federa.types import IntArray, Job, State, Update
 
 BETAS, EPS = (0.9, 0.999), 1e-8  # of AdamW, torch's defaults
 ALIGNMENT = 64  # elements: every client's row starts where wide loads and matrix kernels like it
+PINNED = 0.1  # of the free main memory, at most, for the updates of a group of clients
 ATTENTION = "federa_stacked"  # before the name of the attention that it runs
 
 
 class Lanes:
     """The trained parameters, gradients and optimizer state of several clients: `(clients, parameters)` each.
 
-    Clients that have finished are the last ones, so that those still training are the first `count` rows:
-    what has finished costs nothing and does not move.
+    They stay where they are from round to round; `load_` puts clients into them. Clients that have finished
+    are the last ones, so that those still training are the first `count` rows: what has finished costs
+    nothing and does not move.
 
     Args:
         trainer: its model, its layout of parameters and its recipe.
-        params: the global parameters.
-        own: what each client keeps for itself.
-        lrs: each client's learning rate.
+        clients: at most so many at a time.
 
     Attributes:
+        trainer: as given.
+        clients: as given.
         master: float32, what the optimizer changes.
         start: what it was before the first step.
     """
 
-    def __init__(self, trainer: Trainer, params: State, own: Sequence[State], lrs: Sequence[float]) -> None:
+    def __init__(self, trainer: Trainer, clients: int) -> None:
+        self.trainer, self.clients = trainer, clients
         self._model, self._flat, self._config = trainer.model, trainer.flat, trainer.config
         self._task = trainer.task
         width = -(-self._flat.master.numel() // ALIGNMENT) * ALIGNMENT
-        row = torch.zeros(width, device=trainer.device)
-        for name, tensor in params.items():
-            row[self._flat.slices[name]].view(self._flat.shapes[name]).copy_(tensor)
-        self.master = row.repeat(len(own), 1)
-        for lane, state in zip(self.master, own, strict=True):
-            for name, tensor in state.items():
-                lane[self._flat.slices[name]].view(self._flat.shapes[name]).copy_(tensor)
-        self.start = self.master.clone()
+        self.master = torch.zeros(clients, width, device=trainer.device)
+        self.start = torch.zeros_like(self.master)
         bf16 = self._config.precision == "bf16"
         self._gradient = torch.zeros_like(self.master)
         self._work = self.master.bfloat16() if bf16 else self.master
         adam = self._config.optimizer == "adamw"
         self._moments = [torch.zeros_like(self.master) for _ in range(2 if adam else 1)]
-        self._rates = {
-            is_head: torch.tensor(rates, dtype=torch.float64)[:, None]
-            for is_head, rates in ((False, lrs), (True, [trainer.head_lr(lr) for lr in lrs]))
-        }
-        decay = self._config.weight_decay
-        self._shrink = {k: (1 - r * decay).float().to(trainer.device) for k, r in self._rates.items()}
-        self._rates = {k: r.float().to(trainer.device) for k, r in self._rates.items()}
-        self._steps = 0
+        self._rates = {is_head: torch.zeros(clients, 1, device=trainer.device) for is_head in (False, True)}
+        self._shrink = {is_head: torch.ones_like(rates) for is_head, rates in self._rates.items()}
+        self._spans = _spans(self._flat.segments, self._config, width)
+        self._steps = torch.zeros(1, dtype=torch.float64, device=trainer.device)
         self._leaves: dict[str, Tensor] = {}
         self._count = 0
+        self._graphs = CudaGraphs(self._train_, trainer.device) if trainer.records else None
+
+    def load_(self, params: State, own: Sequence[State], lrs: Sequence[float]) -> None:
+        """Put clients into the first rows, with an optimizer that has seen nothing.
+
+        Args:
+            params: the global parameters.
+            own: what each client keeps for itself.
+            lrs: each client's learning rate.
+        """
+        count = len(own)
+        row = torch.zeros_like(self.master[0])
+        for name, tensor in params.items():
+            self._flat.view(row, name).copy_(tensor)
+        self.master[:count] = row
+        for lane, state in zip(self.master, own, strict=False):
+            for name, tensor in state.items():
+                self._flat.view(lane, name).copy_(tensor)
+        self.start[:count].copy_(self.master[:count])
+        if self._work is not self.master:
+            self._work[:count].copy_(self.master[:count])
+        for left in (self._gradient, *self._moments):  # a client that diverged leaves NaN, between rows too
+            left[:count].zero_()
+        self._steps.zero_()
+        decay = self._config.weight_decay
+        for is_head, own_rates in ((False, lrs), (True, [self.trainer.head_lr(lr) for lr in lrs])):
+            rates = torch.tensor(own_rates, dtype=torch.float64)[:, None]
+            self._rates[is_head][:count].copy_(rates)
+            self._shrink[is_head][:count].copy_(1 - rates * decay)
+
+    def train_(self, batch: dict[str, Tensor]) -> Tensor:
+        """Take a step of the first clients, as many as the batch has; return their losses, `(count,)`."""
+        return self._train_(batch) if self._graphs is None else self._graphs(batch)
+
+    def _train_(self, batch: dict[str, Tensor]) -> Tensor:
+        losses = self.losses(batch, len(batch["input_ids"]))
+        self.step_(losses)
+        return losses.detach()
 
     def losses(self, batch: dict[str, Tensor], count: int) -> Tensor:
         """Return the first clients' losses, `(count,)`, each of its own parameters and its own examples."""
@@ -108,10 +140,10 @@ class Lanes:
         if config.clip_norm:
             length = torch.linalg.vector_norm(gradient, dim=1, keepdim=True)
             gradient.mul_((config.clip_norm / (length + 1e-6)).clamp(max=1.0))
-        self._steps += 1
+        self._steps.add_(1)
         update = self._sgd_ if config.optimizer == "sgd" else self._adamw_
-        for span, is_head, decays in self._flat.segments:
-            update(count, span, is_head, decays and config.weight_decay > 0)
+        for span, is_head, decays in self._spans:
+            update(count, span, is_head, decays)
         if self._work is not self.master:
             self._work[:count].copy_(master)
 
@@ -129,13 +161,13 @@ class Lanes:
             w.mul_(self._shrink[is_head][:count])
         mean.lerp_(g, 1 - first)
         square.mul_(second).addcmul_(g, g, value=1 - second)
-        length = square.sqrt().div_(math.sqrt(1 - second**self._steps)).add_(EPS)
-        rate = self._rates[is_head][:count] / (1 - first**self._steps)
+        length = square.sqrt().div_((1 - second**self._steps).sqrt().float()).add_(EPS)
+        rate = self._rates[is_head][:count] / (1 - first**self._steps).float()
         w.sub_(mean.div(length).mul_(rate))
 
 
 def train_together(  # noqa: PLR0917
-    trainer: Trainer,
+    lanes: Lanes,
     params: State,
     data: Encoded,
     parts: Sequence[IntArray],
@@ -145,7 +177,7 @@ def train_together(  # noqa: PLR0917
     """Train several clients from the global parameters, each as `Trainer.train` would alone.
 
     Args:
-        trainer: whose model it is.
+        lanes: of the trainer whose model it is, as many as there are jobs or more.
         params: the global parameters.
         data: the training set.
         parts: each client's rows of it.
@@ -156,22 +188,21 @@ def train_together(  # noqa: PLR0917
         Each client's update, of fresh tensors, and what it keeps, in the order of the jobs.
     """
     began = time.perf_counter()
+    trainer = lanes.trainer
     steps = [num_steps(trainer.config, len(rows)) for rows in parts]
     lanes_of = sorted(range(len(jobs)), key=lambda i: -steps[i])
-    lanes = Lanes(trainer, params, [own[i] for i in lanes_of], [jobs[i].lr for i in lanes_of])
+    lanes.load_(params, [own[i] for i in lanes_of], [jobs[i].lr for i in lanes_of])
     batches = [trainer.batches(data, parts[i], jobs[i]) for i in lanes_of]
     history, seen = [], [0] * len(jobs)
     trainer.model.train()
     with attention_of_all(trainer.model), torch_seeded(seed_for(jobs[0].seed, *(job.seed for job in jobs))):
         for number in range(max(steps)):
             rows = [next(batches[lane]) for lane in range(sum(s > number for s in steps))]
-            losses = lanes.losses(stacked_batch(data, rows, trainer.device), len(rows))
-            lanes.step_(losses)
-            history.append(losses.detach())
+            history.append(lanes.train_(stacked_batch(data, rows, trainer.device)))
             for lane, part in enumerate(rows):
                 seen[lane] += len(part)
     sums = pad_sequence(history, batch_first=True).cpu().double().sum(0).tolist()
-    deltas = (lanes.master - lanes.start).cpu()
+    deltas = _fetched(lanes.master[: len(jobs)] - lanes.start[: len(jobs)])
     seconds = (time.perf_counter() - began) / sum(steps)
     results = {}
     for lane, i in enumerate(lanes_of):
@@ -188,6 +219,36 @@ def train_together(  # noqa: PLR0917
     return [results[i] for i in range(len(jobs))]
 
 
+def _spans(
+    segments: Sequence[tuple[slice, bool, bool]], config: ClientConfig, width: int
+) -> list[tuple[slice, bool, bool]]:
+    """Return segments of the flat parameters with those joined that an optimizer treats alike, often all.
+
+    Where all are, whole rows are one piece of memory, which is gone through faster than a part of every row.
+    """
+    joined: list[tuple[slice, bool, bool]] = []
+    for span, is_head, decays in segments:
+        kind = is_head and config.head_lr is not None, decays and config.weight_decay > 0
+        if joined and joined[-1][1:] == kind:
+            joined[-1] = slice(joined[-1][0].start, span.stop), *kind
+        else:
+            joined.append((span, *kind))
+    return [(slice(0, width), *joined[0][1:])] if len(joined) == 1 else joined
+
+
+def _fetched(deltas: Tensor) -> Tensor:
+    """Return a tensor on the CPU.
+
+    From a GPU it goes several times as fast into pinned memory, which torch keeps for the next round.
+    """
+    if deltas.device.type != "cuda" or deltas.nbytes > PINNED * free_main_memory():
+        return deltas.cpu()
+    out = torch.empty(deltas.shape, pin_memory=True)
+    out.copy_(deltas, non_blocking=True)
+    torch.cuda.current_stream().synchronize()
+    return out
+
+
 def num_steps(config: ClientConfig, rows: int) -> int:
     """Return how many batches `Trainer.batches` yields for a client of so many rows."""
     steps = config.epochs * -(-rows // config.batch_size)
@@ -202,7 +263,7 @@ def stacked_batch(data: Encoded, parts: Sequence[IntArray], device: torch.device
     """
     most = max(len(part) for part in parts)
     rows = np.concatenate([np.pad(part, (0, most - len(part)), mode="edge") for part in parts])
-    inputs = data.batch(rows, torch.device("cpu"))
+    inputs = data.batch(rows, torch.device("cpu"), multiple=padding_multiple(device))
     own = torch.arange(most)[None, :] < torch.tensor([len(part) for part in parts])[:, None]
     for name in data.targets:
         inputs[name] = inputs[name].clone()  # it may be a view of the data set

@@ -1,0 +1,138 @@
+"""CUDA graphs: a step's operations recorded once for each shape of its batch, and issued again as one.
+
+A small model's step on a GPU is a thousand short operations, and the host takes longer to issue them than the
+device to do them. A recorded step costs the host one call. What it computes is what it computed when it was
+recorded: the same kernels on the same memory, with dropout drawn anew.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import warnings
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from federa.types import FederaError
+
+MOST = 96  # shapes that are recorded: each holds its list of operations on the device
+ROOM = 2.5  # times a step's memory must be free: for recorded steps, and for those that are not
+_SYNC = "called a synchronizing CUDA operation"  # torch's words
+_log = logging.getLogger(__name__)
+
+Step = Callable[[dict[str, Tensor]], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class _Recording:
+    graph: torch.cuda.CUDAGraph
+    inputs: dict[str, Tensor]
+    output: Tensor
+
+
+class CudaGraphs:
+    """Takes a step as it comes if its shape is new, records it the second time, and replays it from then on.
+
+    Args:
+        step: a method of what owns this object; it reads a batch, changes tensors that stay in their places,
+            and returns one (detached). What is different from call to call must be in tensors: numbers of the
+            host are recorded as they were.
+        device: of those tensors, a GPU.
+    """
+
+    def __init__(self, step: Step, device: torch.device) -> None:
+        self._method, self._device = weakref.WeakMethod(step), device  # no cycle: graphs hold memory
+        self._met: Counter[tuple[object, ...]] = Counter()
+        self._needed: dict[tuple[object, ...], int] = {}
+        self._recordings: dict[tuple[object, ...], _Recording] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+        self._waits = False
+
+    def __len__(self) -> int:
+        """Return how many shapes have been recorded."""
+        return len(self._recordings)
+
+    def __call__(self, batch: dict[str, Tensor]) -> Tensor:
+        """Take a step.
+
+        Args:
+            batch: on the device.
+
+        Returns:
+            What the step returned, in memory of its own.
+
+        Raises:
+            FederaError: the step cannot be recorded.
+        """
+        key = tuple((name, tensor.shape, tensor.dtype) for name, tensor in sorted(batch.items()))
+        recording = self._recordings.get(key)
+        if recording is None:
+            self._met[key] += 1
+            if self._met[key] == 1:
+                return self._watched(key, batch)
+            if self._waits or len(self) >= MOST or not self._fits(key):
+                return self._step(batch)
+            recording = self._recordings[key] = self._record(batch)
+        for name, tensor in batch.items():
+            recording.inputs[name].copy_(tensor)
+        recording.graph.replay()
+        return recording.output.clone()
+
+    def _step(self, batch: dict[str, Tensor]) -> Tensor:
+        method = self._method()
+        assert method is not None, "its owner calls"
+        return method(batch)
+
+    def _watched(self, key: tuple[object, ...], batch: dict[str, Tensor]) -> Tensor:
+        """Take a step as it comes; note what memory it takes, and whether the host waits in it."""
+        torch.cuda.reset_peak_memory_stats(self._device)
+        before = torch.cuda.memory_allocated(self._device)
+        mode = torch.cuda.get_sync_debug_mode()
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                out = self._step(batch)
+            finally:
+                torch.cuda.set_sync_debug_mode(mode)
+        self._needed[key] = torch.cuda.max_memory_allocated(self._device) - before
+        if not self._waits and any(_SYNC in str(warning.message) for warning in said):
+            self._waits = True
+            _log.info("client.cuda_graphs: this model's step waits for the device, so it is not recorded")
+        return out
+
+    def _fits(self, key: tuple[object, ...]) -> bool:
+        free = int(torch.cuda.mem_get_info(self._device)[0])
+        unused = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
+        return bool(free + unused >= ROOM * self._needed[key])
+
+    def _record(self, batch: dict[str, Tensor]) -> _Recording:
+        inputs = {name: torch.empty_like(tensor) for name, tensor in batch.items()}
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with _no_collection(), torch.cuda.graph(graph, pool=self._pool):
+                output = self._step(inputs)
+        except Exception as error:
+            raise FederaError(
+                f"client.cuda_graphs: this model's step cannot be recorded ({type(error).__name__}: "
+                f"{str(error).strip().splitlines()[0] if str(error) else ''}); set it to false"
+            ) from error
+        return _Recording(graph, inputs, output)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keep Python from collecting cycles: to free an old graph amid a recording spoils that."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
