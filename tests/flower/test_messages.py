@@ -159,6 +159,7 @@ def test_what_is_of_one_machine_need_not_agree(recipe):
         device="cpu",
         client__precision="bf16",
         client__micro_batch=1,
+        client__cuda_graphs=False,
         client__checkpointing=True,
         client__reuse_frozen=True,
         engine={"name": "processes"},

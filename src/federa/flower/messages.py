@@ -133,6 +133,7 @@ OWN = (
     "micro_batch",
     "checkpointing",
     "reuse_frozen",
+    "cuda_graphs",
 )  # of `client`: each machine's own business
 
 
