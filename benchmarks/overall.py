@@ -1,10 +1,14 @@
 """What comparisons of several data sets say together: a table of methods by setting, and paired differences.
 
-python benchmarks/overall.py docs/results/*.csv [--picture docs/images/overall.png]
+python benchmarks/overall.py docs/results/*.csv docs/results/skews/*.csv [--picture docs/images/overall.png]
 
 The files are those of rounds_csv.py. A run's score is the mean of its last `mean_of` evaluations, of what the
 methods are judged by; differences are paired by setting and seed, and their interval is a bootstrap over
 settings and over seeds within them (federa.statistics.paired).
+
+Where a method ran in a setting at several rates, or in several files, its runs are those of the rate and file
+with the best mean (of those with the most seeds). That is a choice by the test scores, and flatters every
+method alike: `--rates` shows what there was to choose from.
 """
 
 from __future__ import annotations
@@ -20,11 +24,14 @@ from federa.statistics import Paired, paired
 METHODS = {"federa": "FeDeRA", "lora": "LoRA", "adapter": "adapter", "bitfit": "BitFit", "ft": "FT"}
 PRIMARY = ("semeval_f1", "f1", "accuracy")  # the first that a setting has
 Scores = dict[str, dict[tuple[str, int], float]]  # by method, then by setting and seed
+Tried = dict[
+    tuple[str, str], dict[tuple[Path, str], dict[int, float]]
+]  # by method and setting, file and rate, seed
 
 
-def read(files: Sequence[Path]) -> Scores:
+def read(files: Sequence[Path]) -> Tried:
     """Return the final score of every run, in percent."""
-    evaluations: dict[tuple[str, str, int], list[tuple[float, int]]] = {}
+    evaluations: dict[tuple[str, str, Path, str, int], list[tuple[float, int]]] = {}
     for file in files:
         with file.open(newline="") as lines:
             rows = list(csv.DictReader(lines))
@@ -32,12 +39,35 @@ def read(files: Sequence[Path]) -> Scores:
         for row in rows:
             metric = next(name for name in PRIMARY if (row["setting"], name) in scored)
             if row[metric]:
-                run = (row["method"], row["setting"], int(row["seed"]))
+                run = (row["method"], row["setting"], file, row["lr"], int(row["seed"]))
                 evaluations.setdefault(run, []).append((100 * float(row[metric]), int(row["mean_of"])))
+    tried: Tried = {}
+    for (method, setting, file, lr, seed), found in evaluations.items():
+        runs = tried.setdefault((method, setting), {}).setdefault((file, lr), {})
+        runs[seed] = mean(score for score, _ in found[-found[0][1] :])
+    return tried
+
+
+def at_best_rates(tried: Tried) -> Scores:
+    """Return the runs of every method's best rate in every setting."""
     scores: Scores = {}
-    for (method, setting, seed), found in evaluations.items():
-        scores.setdefault(method, {})[setting, seed] = mean(score for score, _ in found[-found[0][1] :])
+    for (method, setting), rates in tried.items():
+        best = max(rates.values(), key=lambda runs: (len(runs), mean(runs.values())))
+        scores.setdefault(method, {}).update({(setting, seed): score for seed, score in best.items()})
     return scores
+
+
+def rates_table(tried: Tried, settings: Sequence[str]) -> list[str]:
+    """Return Markdown: the mean over seeds of every method at every rate."""
+    lines = ["| setting | method | rate: mean (seeds) |", "|---|---|---|"]
+    for setting in settings:
+        for method in METHODS:
+            found = sorted(
+                (float(lr), file, runs) for (file, lr), runs in tried.get((method, setting), {}).items()
+            )
+            cells = [f"{lr:g}: {mean(runs.values()):.1f} ({len(runs)})" for lr, _, runs in found]
+            lines.append(f"| {setting} | {METHODS[method]} | {', '.join(cells)} |")
+    return lines
 
 
 def differences(scores: Scores, settings: Sequence[str]) -> dict[str, Paired]:
@@ -115,13 +145,17 @@ def main() -> None:
     )
     parser.add_argument("files", type=Path, nargs="+")
     parser.add_argument("--settings", default="", help="only those that have this in their name")
+    parser.add_argument("--rates", action="store_true", help="show every rate that ran")
     parser.add_argument("--picture", type=Path)
     asked = parser.parse_args()
-    scores = read(asked.files)
+    tried = read(asked.files)
+    scores = at_best_rates(tried)
     settings = sorted({where for found in scores.values() for where, _ in found if asked.settings in where})
     if not settings:
         parser.error("no such setting in these files")
     print("\n".join(table(scores, settings)))
+    if asked.rates:
+        print("\n".join(rates_table(tried, settings)))
     if asked.picture:
         picture(scores, settings, asked.picture)
 
