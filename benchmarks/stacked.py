@@ -15,7 +15,7 @@ float32 weights where ours are bf16 (float32 masters beside).
 Reported are clients a second, medians over the turns and their range, and the ratios of the turns. The share
 of the peak is that of the frozen layers' products, over what a large product of `--precision` reaches: each
 layer's 12 width^2 weights and its attention, for tokens without padding, forward and for the gradient of the
-input. Every model stays on the device: memory is what a way takes at its highest beyond what lay there.
+input.
 """
 
 from __future__ import annotations
@@ -167,20 +167,15 @@ def main() -> None:
         round_of = plain_round(options, precision, data, [parts[job.client_id] for job in some])
         ways[f"plain peft, {precision}"] = (round_of, len(some))
     rates: dict[str, list[float]] = {name: [] for name in ways}
-    memory: dict[str, int] = {}
     for number in range(-WARM_UP, options.rounds):
         for name, (way, count) in ways.items():
             if cuda:
                 torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
-                before = torch.cuda.memory_allocated()
             began = time.perf_counter()
             way()  # what it returns is on the CPU
             if number >= 0:
                 rates[name].append(count / (time.perf_counter() - began))
-            if cuda:
-                memory[name] = torch.cuda.max_memory_allocated() - before
-    show(options, ours, rates, memory, operations(options, data) / len(jobs))
+    show(options, ours, rates, operations(options, data) / len(jobs))
 
 
 def plain_round(
@@ -265,7 +260,6 @@ def show(
     options: argparse.Namespace,
     ours: str,
     rates: dict[str, list[float]],
-    memory: dict[str, int],
     of_client: float,
 ) -> None:
     """Print a table of all ways; ratios are of `ours`, `of_client` are the operations of a client."""
@@ -273,15 +267,14 @@ def show(
     name = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
     top = peak(options)
     print(", ".join(words), f"| {name}, torch {torch.__version__}, peak {top / 1e12:.0f} TFLOP/s")
-    print("| | clients/s | range | of the peak | GiB | side by side is faster by | range |")
-    print("|---|---|---|---|---|---|---|")
+    print("| | clients/s | range | of the peak | side by side is faster by | range |")
+    print("|---|---|---|---|---|---|")
     for way, found in rates.items():
         ratios = sorted(a / b for a, b in zip(rates[ours], found, strict=True))
         middle = statistics.median(found)
-        room = f"{memory[way] / 2**30:.1f}" if way in memory else "-"
         print(
             f"| {way} | {middle:.1f} | {min(found):.1f} to {max(found):.1f} | {middle * of_client / top:.1%} "
-            f"| {room} | {statistics.median(ratios):.2f} | {ratios[0]:.2f} to {ratios[-1]:.2f} |"
+            f"| {statistics.median(ratios):.2f} | {ratios[0]:.2f} to {ratios[-1]:.2f} |"
         )
 
 

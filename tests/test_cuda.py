@@ -132,7 +132,8 @@ def test_a_step_waits_for_nothing(recipe, encoder, family, engine):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_group_takes_no_more_than_was_planned(recipe, method):
-    experiment = on("cuda", recipe, method=METHODS[method], client__batch_size=16, client__dropout=0.3)
+    settings = {"client__batch_size": 16, "client__dropout": 0.3, "client__cuda_graphs": False}
+    experiment = on("cuda", recipe, method=METHODS[method], **settings)
     jobs = jobs_of(experiment)
     room = len(jobs) * stacked.memory_of_a_client(experiment) / stacked.SHARE  # what is asked to be free
     parts = [experiment.parts[job.client_id] for job in jobs]

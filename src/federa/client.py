@@ -46,7 +46,7 @@ class ClientConfig(BaseModel):
             computed in another batch, padded in another way, may differ in its last bits.
         cuda_graphs: on a GPU, record the steps of a shape that is met again, and issue each as one operation:
             the same results with less of the host's time, for up to twice the memory where there is so much.
-            Not with the three fields above.
+            Not with the three fields above, nor for DeBERTa.
         lr: learning rate at the first round; None means the method's own default.
         head_lr: of the task head; None means `lr`. The schedule scales both.
         schedule: of the learning rate over rounds; `linear` and `cosine` end near zero.
@@ -113,9 +113,11 @@ class Trainer:
         table = None if config.weight_decay or on_gpu else table_that_shrinks(model)
         self.flat = FlatParameters(model, head, bf16=config.precision == "bf16", table=table)
         self._places: Tensor | None = None
-        alike = self.prefix is None and config.micro_batch is None and not config.checkpointing
-        self.records = on_gpu and config.cuda_graphs and alike
-        self._resident = LocalOptimizer(self.flat, config) if on_gpu else None
+        # A family with attention of its own (DeBERTa) waits in the first step of every length.
+        plain = bool(getattr(model, "_supports_attention_backend", False)) and self.prefix is None
+        recordable = plain and config.micro_batch is None and not config.checkpointing
+        self.records = on_gpu and config.cuda_graphs and recordable
+        self._resident: LocalOptimizer | None = None  # where steps are recorded, what they touch stays
         self._graphs = CudaGraphs(self._recorded_step, self.device) if self.records else None
         self.shared = [name for name in self.flat.names if name not in local]
         self.local = [name for name in self.flat.names if name in local]
@@ -144,7 +146,9 @@ class Trainer:
         began = time.perf_counter()
         flat = self.flat
         flat.load_(params, local)
-        optimizer = self._resident or LocalOptimizer(flat, self.config)
+        optimizer = self._resident or LocalOptimizer(flat, self.config, recorded=self.records)
+        if self.records:
+            self._resident = optimizer
         optimizer.restart(job.lr, self.head_lr(job.lr))
         losses, seen = [], 0
         self.model.train()

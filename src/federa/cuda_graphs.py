@@ -11,7 +11,6 @@ import gc
 import logging
 import warnings
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,8 +21,9 @@ from torch import Tensor
 from federa.types import FederaError
 
 MOST = 96  # shapes that are recorded: each holds its list of operations on the device
-ROOM = 2.5  # times a step's memory must be free: for recorded steps, and for those that are not
+ROOM = 1.5  # times a step's memory must be free beside the largest step's, which may come as it is
 _SYNC = "called a synchronizing CUDA operation"  # torch's words
+_NOT_CAPTURED = "running without graph capture"  # an optimizer's, of a step as it comes
 _log = logging.getLogger(__name__)
 
 Step = Callable[[dict[str, Tensor]], Tensor]
@@ -48,11 +48,11 @@ class CudaGraphs:
 
     def __init__(self, step: Step, device: torch.device) -> None:
         self._method, self._device = weakref.WeakMethod(step), device  # no cycle: graphs hold memory
-        self._met: Counter[tuple[object, ...]] = Counter()
         self._needed: dict[tuple[object, ...], int] = {}
         self._recordings: dict[tuple[object, ...], _Recording] = {}
         self._pool = torch.cuda.graph_pool_handle()
         self._waits = False
+        self._failed: FederaError | None = None
 
     def __len__(self) -> int:
         """Return how many shapes have been recorded."""
@@ -73,8 +73,9 @@ class CudaGraphs:
         key = tuple((name, tensor.shape, tensor.dtype) for name, tensor in sorted(batch.items()))
         recording = self._recordings.get(key)
         if recording is None:
-            self._met[key] += 1
-            if self._met[key] == 1:
+            if self._failed is not None:  # torch's generator is not to be used after that
+                raise self._failed
+            if key not in self._needed:
                 return self._watched(key, batch)
             if self._waits or len(self) >= MOST or not self._fits(key):
                 return self._step(batch)
@@ -101,6 +102,9 @@ class CudaGraphs:
                 out = self._step(batch)
             finally:
                 torch.cuda.set_sync_debug_mode(mode)
+        for warning in said:
+            if not any(words in str(warning.message) for words in (_SYNC, _NOT_CAPTURED)):
+                warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
         self._needed[key] = torch.cuda.max_memory_allocated(self._device) - before
         if not self._waits and any(_SYNC in str(warning.message) for warning in said):
             self._waits = True
@@ -110,7 +114,7 @@ class CudaGraphs:
     def _fits(self, key: tuple[object, ...]) -> bool:
         free = int(torch.cuda.mem_get_info(self._device)[0])
         unused = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
-        return bool(free + unused >= ROOM * self._needed[key])
+        return bool(free + unused >= ROOM * self._needed[key] + max(self._needed.values()))
 
     def _record(self, batch: dict[str, Tensor]) -> _Recording:
         inputs = {name: torch.empty_like(tensor) for name, tensor in batch.items()}
@@ -119,10 +123,11 @@ class CudaGraphs:
             with _no_collection(), torch.cuda.graph(graph, pool=self._pool):
                 output = self._step(inputs)
         except Exception as error:
-            raise FederaError(
+            self._failed = FederaError(
                 f"client.cuda_graphs: this model's step cannot be recorded ({type(error).__name__}: "
                 f"{str(error).strip().splitlines()[0] if str(error) else ''}); set it to false"
-            ) from error
+            )
+            raise self._failed from error
         return _Recording(graph, inputs, output)
 
 

@@ -16,33 +16,33 @@ if TYPE_CHECKING:
 class LocalOptimizer:
     """Changes flat parameters by their gradient, in place.
 
-    On a GPU nothing of it is a number of the host, so that a step can be recorded (`cuda_graphs.py`).
+    For steps that are recorded (`cuda_graphs.py`) what differs from job to job is in tensors.
 
     Args:
         flat: the parameters, which stay where they are.
         config: the client's part of the recipe.
+        recorded: whether the steps are.
 
     Attributes:
         start: what the parameters were when the job began.
     """
 
-    def __init__(self, flat: FlatParameters, config: ClientConfig) -> None:
+    def __init__(self, flat: FlatParameters, config: ClientConfig, *, recorded: bool = False) -> None:
         self._flat, self._config = flat, config
         self.start = torch.empty_like(flat.master)
         device = flat.master.device
-        on_gpu = device.type == "cuda"
         groups: list[dict[str, Any]] = []
         for span, is_head, decays in flat.segments:
             vector = flat.master[span]
             vector.grad = flat.gradient[span]
             decay = config.weight_decay if decays else 0.0
-            rate = torch.zeros((), device=device) if on_gpu else 0.0
+            rate = torch.zeros((), device=device) if recorded else 0.0
             groups.append({"params": [vector], "weight_decay": decay, "lr": rate, "is_head": is_head})
         self._optimizer: torch.optim.Optimizer
         if config.optimizer == "sgd":
-            self._optimizer = torch.optim.SGD(groups, momentum=config.momentum, fused=on_gpu or None)
+            self._optimizer = torch.optim.SGD(groups, momentum=config.momentum, fused=recorded or None)
         else:
-            self._optimizer = torch.optim.AdamW(groups, fused=True, capturable=on_gpu)
+            self._optimizer = torch.optim.AdamW(groups, fused=True, capturable=recorded)
 
     def restart(self, lr: float, head_lr: float) -> None:
         """Begin a job at these learning rates, from the parameters as they are, having seen no gradient."""

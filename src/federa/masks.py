@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import weakref
 from typing import Any
 
 import torch
@@ -55,7 +55,7 @@ def use_ready_masks(model: Any) -> None:
     if not getattr(model, "_supports_attention_backend", False):
         for module in model.modules():
             if isinstance(module, DebertaV2Encoder):
-                module.get_rel_pos = functools.partial(_kept_positions, module.get_rel_pos, {})
+                module.get_rel_pos = functools.partial(_kept_positions, weakref.ref(module), {})
         return
     name = model.config._attn_implementation
     AttentionInterface.register(f"{ATTENTION}_{name}", ALL_ATTENTION_FUNCTIONS[name])
@@ -64,7 +64,7 @@ def use_ready_masks(model: Any) -> None:
 
 
 def _kept_positions(
-    computed: Callable[..., Tensor | None],
+    encoder: weakref.ref[DebertaV2Encoder],
     kept: dict[tuple[int, int, torch.device], Tensor | None],
     hidden: Tensor,
     query: Tensor | None = None,
@@ -79,5 +79,5 @@ def _kept_positions(
     key = ((hidden if query is None else query).size(-2), hidden.size(-2), hidden.device)
     if key not in kept:
         with torch.inference_mode(False):  # training reads them too
-            kept[key] = computed(hidden, query)
+            kept[key] = DebertaV2Encoder.get_rel_pos(encoder(), hidden, query)
     return kept[key]

@@ -193,3 +193,21 @@ def test_evaluation_batches():
     batches = evaluation_batches(rows, lengths, 4)
     assert [b.tolist() for b in batches] == [[1, 3, 6, 4], [0, 2]], "longest first, ties in order"
     assert evaluation_batches(np.array([], dtype=np.int64), lengths, 4) == []
+
+
+def test_lengths_are_rounded_up_but_not_beyond_the_longest_row():
+    """A row of the data set may fill the model's positions: nothing is to be longer."""
+    rows = Ragged.from_rows([[1] * n for n in (3, 9, 20)])
+    data = Encoded({"input_ids": rows}, {"labels": rows}, {"input_ids": 0, "labels": -100})
+    cpu = torch.device("cpu")
+    for chosen, multiple, expected in (
+        ([0], 8, 8),
+        ([0, 1], 8, 16),
+        ([2], 8, 20),
+        ([0], None, 3),
+        ([0], 32, 20),
+    ):
+        batch = data.batch(np.array(chosen), cpu, multiple=multiple)
+        assert {name: t.shape[1] for name, t in batch.items()} == dict.fromkeys(batch, expected)
+        assert batch["attention_mask"].sum() == rows.lengths()[chosen].sum()
+        assert (batch["labels"] == -100).sum() == batch["labels"].numel() - rows.lengths()[chosen].sum()

@@ -10,6 +10,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from federa import run
+from federa.client import ClientConfig
 from federa.config import parse_config
 from federa.cpu import fused, native
 from federa.cpu.plain import PlainDropout, Stackable
@@ -307,6 +308,20 @@ def check_estimate(experiment, clients=4):
     peak = np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]).max()
     planned = clients * stacked.memory_of_a_client(experiment)
     assert peak < planned < 2 * peak
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, [(0, 64, False, False)]),
+        ({"weight_decay": 0.1}, [(0, 10, False, True), (10, 20, False, False), (20, 30, False, True)]),
+        ({"lr": 0.1, "head_lr": 0.2}, [(0, 20, False, False), (20, 30, True, False)]),
+    ],
+)
+def test_what_an_optimizer_treats_alike_is_one_span(settings, expected):
+    segments = [(slice(0, 10), False, True), (slice(10, 20), False, False), (slice(20, 30), True, True)]
+    found = stacking._spans(segments, ClientConfig(**settings), 64)
+    assert [(span.start, span.stop, *kind) for span, *kind in found] == expected
 
 
 # Isolation

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from federa.types import IntArray
 
-ON_A_GPU = 16  # tokens
+GPU_LENGTH_MULTIPLE = 16  # tokens
 IGNORED_LABEL = -100  # the label that torch's cross entropy skips
 IGNORED_POSITION = 1 << 20  # beyond every token: transformers' loss for spans skips it
 
@@ -122,7 +122,7 @@ class Encoded:
         """
         lengths = self.lengths()
         longest, step = int(lengths[rows].max(initial=1)), multiple or padding_multiple(device)
-        width = max(longest, min(-(-longest // step) * step, int(lengths.max())))
+        width = longest if step == 1 else min(-(-longest // step) * step, max(longest, int(lengths.max())))
         inputs = {name: held.padded(rows, self.pad[name], width) for name, held in self.features.items()}
         own = torch.from_numpy(lengths[rows])
         inputs["attention_mask"] = (torch.arange(width)[None, :] < own[:, None]).long()
@@ -137,7 +137,7 @@ class Encoded:
 
 def padding_multiple(device: torch.device) -> int:
     """Return what lengths are rounded up to: on a GPU few shapes are to be met (`cuda_graphs.py`)."""
-    return ON_A_GPU if device.type == "cuda" else 1
+    return GPU_LENGTH_MULTIPLE if device.type == "cuda" else 1
 
 
 def moved(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:

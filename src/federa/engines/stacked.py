@@ -50,8 +50,10 @@ class StackedSession:
         Groups are of neighbours: a round's jobs come sorted by size, so those of a group have nearly as many
         steps each, and no more updates are held than one group's.
         """
-        for group in self._groups(jobs):
-            for job, (update, kept) in zip(group, self._together(params, group), strict=True):
+        groups = list(self._groups(jobs))
+        most = max(map(len, groups), default=0)
+        for group in groups:
+            for job, (update, kept) in zip(group, self._together(params, group, most), strict=True):
                 self._experiment.kept.save(job, kept)
                 yield update
 
@@ -67,12 +69,12 @@ class StackedSession:
         for i in range(number):
             yield jobs[i * len(jobs) // number : (i + 1) * len(jobs) // number]
 
-    def _together(self, params: State, jobs: Sequence[Job]) -> list[tuple[Update, State]]:
+    def _together(self, params: State, jobs: Sequence[Job], most: int) -> list[tuple[Update, State]]:
         experiment = self._experiment
         try:
             parts = [experiment.parts[job.client_id] for job in jobs]
             own = [experiment.kept.load(job) for job in jobs]
-            return train_together(self._lanes(len(jobs)), params, experiment.train, parts, jobs, own)
+            return train_together(self._lanes(most), params, experiment.train, parts, jobs, own)
         except FederaError:
             raise
         except torch.OutOfMemoryError as error:
@@ -83,7 +85,9 @@ class StackedSession:
             raise RoundFailedError(f"{text}. The last good state is kept") from error
 
     def _lanes(self, count: int) -> Lanes:
-        """Return lanes for so many clients, those of before if they do."""
+        """Return lanes for so many clients: those of before, if steps are recorded, which need them there."""
+        if not self._experiment.trainer.records:
+            return Lanes(self._experiment.trainer, count)
         if self._held is None or self._held.clients < count:
             self._held = None  # before there are two
             self._held = Lanes(self._experiment.trainer, count)

@@ -8,6 +8,7 @@ because no client's parameters or examples touch another's.
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -69,7 +70,7 @@ class Lanes:
         self._rates = {is_head: torch.zeros(clients, 1, device=trainer.device) for is_head in (False, True)}
         self._shrink = {is_head: torch.ones_like(rates) for is_head, rates in self._rates.items()}
         self._spans = _spans(self._flat.segments, self._config, width)
-        self._steps = torch.zeros(1, dtype=torch.float64, device=trainer.device)
+        self._steps = torch.zeros(1, device=trainer.device)
         self._leaves: dict[str, Tensor] = {}
         self._count = 0
         self._graphs = CudaGraphs(self._train_, trainer.device) if trainer.records else None
@@ -161,8 +162,10 @@ class Lanes:
             w.mul_(self._shrink[is_head][:count])
         mean.lerp_(g, 1 - first)
         square.mul_(second).addcmul_(g, g, value=1 - second)
-        length = square.sqrt().div_((1 - second**self._steps).sqrt().float()).add_(EPS)
-        rate = self._rates[is_head][:count] / (1 - first**self._steps).float()
+        # 1 - beta^steps, without the digits that a float32 would lose
+        of_mean, of_square = (-torch.expm1(self._steps * math.log(beta)) for beta in BETAS)
+        length = square.sqrt().div_(of_square.sqrt()).add_(EPS)
+        rate = self._rates[is_head][:count] / of_mean
         w.sub_(mean.div(length).mul_(rate))
 
 
@@ -239,7 +242,7 @@ def _spans(
 def _fetched(deltas: Tensor) -> Tensor:
     """Return a tensor on the CPU.
 
-    From a GPU it goes several times as fast into pinned memory, which torch keeps for the next round.
+    From a GPU it goes several times as fast into pinned memory, of which torch takes up to twice as much.
     """
     if deltas.device.type != "cuda" or deltas.nbytes > PINNED * free_main_memory():
         return deltas.cpu()
