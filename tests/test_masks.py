@@ -81,7 +81,7 @@ def test_updates_are_those_of_transformers_masks(recipe, changes, monkeypatch, r
 
 
 def test_debertas_relative_positions_are_computed_once_a_length(recipe, encoder, monkeypatch):
-    """First while predicting: training must be able to read what is kept."""
+    """First while predicting: training reads what is kept, though it was made in inference mode."""
     as_on_an_accelerator(monkeypatch, ready=True)
     experiment = build(recipe, model__name=str(encoder("deberta-v2")), method__name="lora")
     asked = []

@@ -78,6 +78,5 @@ def _kept_positions(
         return given
     key = ((hidden if query is None else query).size(-2), hidden.size(-2), hidden.device)
     if key not in kept:
-        with torch.inference_mode(False):  # training reads them too
-            kept[key] = DebertaV2Encoder.get_rel_pos(encoder(), hidden, query)
+        kept[key] = DebertaV2Encoder.get_rel_pos(encoder(), hidden, query)
     return kept[key]

@@ -343,6 +343,25 @@ def test_a_client_that_diverges_leaves_the_others_alone_to_the_bit(recipe):
     assert all(bool(t.isfinite().all()) for t in after.params.values())
 
 
+def test_lanes_that_are_used_again_are_as_new_ones(recipe):
+    """As where steps are recorded, here after clients that diverged: NaN gets between the parameters too."""
+    experiment = prepare(recipe)
+    jobs, own = jobs_of(experiment), [{}] * 4
+    parts = [experiment.parts[job.client_id] for job in jobs]
+    wild = {n: torch.full_like(p, torch.nan) for n, p in experiment.params.items()}
+
+    def trained(lanes, params, count):
+        some = (parts[:count], jobs[:count], own[:count])
+        return [u for u, _ in stacking.train_together(lanes, params, experiment.train, *some)]
+
+    lanes = stacking.Lanes(experiment.trainer, 4)
+    assert not any(t.isfinite().all() for u in trained(lanes, wild, 4) for t in u.delta.values())
+    for count in (4, 2, 3):
+        fresh = trained(stacking.Lanes(experiment.trainer, count), experiment.params, count)
+        again = trained(lanes, experiment.params, count)
+        assert all(same(one.delta, two.delta) for one, two in zip(fresh, again, strict=True))
+
+
 def test_what_a_round_before_left_has_no_influence(recipe):
     experiment = prepare(recipe)
     jobs, other = jobs_of(experiment), {n: p + 1.0 for n, p in experiment.params.items()}
