@@ -60,13 +60,13 @@ class Lanes:
         self._model, self._flat, self._config = trainer.model, trainer.flat, trainer.config
         self._task = trainer.task
         width = -(-self._flat.master.numel() // ALIGNMENT) * ALIGNMENT
-        self.master = torch.zeros(clients, width, device=trainer.device)
-        self.start = torch.zeros_like(self.master)
+        self.master = torch.empty(clients, width, device=trainer.device)  # `load_` fills what is used
+        self.start = torch.empty_like(self.master)
         bf16 = self._config.precision == "bf16"
-        self._gradient = torch.zeros_like(self.master)
-        self._work = self.master.bfloat16() if bf16 else self.master
+        self._gradient = torch.empty_like(self.master)
+        self._work = torch.empty_like(self.master, dtype=torch.bfloat16) if bf16 else self.master
         adam = self._config.optimizer == "adamw"
-        self._moments = [torch.zeros_like(self.master) for _ in range(2 if adam else 1)]
+        self._moments = [torch.empty_like(self.master) for _ in range(2 if adam else 1)]
         self._rates = {is_head: torch.zeros(clients, 1, device=trainer.device) for is_head in (False, True)}
         self._shrink = {is_head: torch.ones_like(rates) for is_head, rates in self._rates.items()}
         self._spans = _spans(self._flat.segments, self._config, width)
