@@ -174,6 +174,7 @@ class Trainer:
         return loss
 
     def _recorded_step(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Do what `_step` does to a whole batch that is on the device already; return its loss."""
         loss = self.task.loss(self.model(**inputs), inputs).float()
         self.flat.backward_(loss)
         assert self._resident is not None
