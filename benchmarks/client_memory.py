@@ -5,8 +5,9 @@
 A RoBERTa of random weights under FeDeRA, and examples of exactly so many tokens. Every arrangement is a
 process of its own that does what a node of `federa join` does: it is sent the round-0 factors, prepares the
 model, and trains. Figures are MB: `loading` is the most until the model is ready, `ready` what is held then,
-`training` the most in a few steps; on a CPU beyond what the libraries take alone, on a GPU what torch has
-allocated. Linux only.
+`training` the most in a few steps; on a CPU beyond what the libraries take alone, and without the pages of
+their files (how many of those a fault brings along is the kernel's choice: 80 MB from one run to another), on
+a GPU what torch has allocated. Linux only.
 """
 
 from __future__ import annotations
@@ -62,9 +63,14 @@ def in_a_fork(work: Callable[[], dict[str, float]]) -> dict[str, float]:
 
 
 def resident(what: str) -> float:
-    """Return the MB of this process: `VmRSS` now, `VmHWM` at most since `forget_peak`."""
+    """Return the MB of this process that are no file's: `VmRSS` now, `VmHWM` at most since `forget_peak`."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{what}:")) / 1024
+    kilobytes = {
+        name: int(line.split()[1]) for line in lines if (name := line.split(":")[0]) in (what, "RssFile")
+    }
+    return (
+        kilobytes[what] - kilobytes["RssFile"]
+    ) / 1024  # a file's pages stay: at the peak there were as many
 
 
 def forget_peak() -> None:
