@@ -267,6 +267,17 @@ def test_nan_loss_is_a_gap_and_is_said(tmp_path: Path) -> None:
     assert "nothing recorded yet" in write_report([folder], tmp_path / "report.html").read_text()
 
 
+@pytest.mark.parametrize(("repeats", "said"), [(0, False), (2, False), (3, True), (200, True)])
+def test_evaluating_on_what_is_trained_on_is_said(tmp_path: Path, repeats: int, said: bool) -> None:
+    folder = make_run(tmp_path / "a")
+    held = json.loads((folder / "partition.json").read_text())
+    held |= {"evaluation_examples": 200, "evaluation_examples_trained_on": repeats}
+    (folder / "partition.json").write_text(json.dumps(held))
+    note = f"{repeats} of the 200 evaluation examples are training examples, too: scores flatter."
+    assert (note in notes(load_run(folder))) == said
+    assert (note in " ".join(check(write_report([folder], tmp_path / "report.html")).text)) == said
+
+
 @pytest.mark.parametrize("rounds", [0, 1, 2])
 @pytest.mark.parametrize("finished", [True, False])
 def test_few_rounds(tmp_path: Path, rounds: int, finished: bool) -> None:

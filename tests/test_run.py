@@ -98,6 +98,8 @@ def test_a_run_directory_holds_what_scripts_rely_on(recipe, tmp_path):
     held = json.loads((folder / "partition.json").read_text())
     assert held["client_sizes"] == sizes and sum(sizes) == 240 and held["groups"] == ["food", "sport", "tech"]
     assert np.array_equal(held["counts"], experiment.counts)
+    texts, trained_on = (held["evaluation_examples"], held["evaluation_examples_trained_on"])
+    assert texts == experiment.evaluation.num_examples and trained_on < 0.01 * texts
     assert json.loads((folder / "labels.json").read_text()) == {"labels": ["food", "sport", "tech"]}
 
 

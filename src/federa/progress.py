@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from federa.experiment import Experiment
+from federa.report.words import trained_on
 from federa.run import Observer, Result
 from federa.types import Record, Update
 
@@ -83,6 +84,9 @@ class Bar(Observer):
             f"{len(experiment.parts)} clients ({config.partition.name}), {config.cohort} a round; "
             f"{sizes['trainable_parameters']:,} trained parameters ({share:.2%}); started in {seconds}"
         )
+        held = experiment.evaluation
+        if note := trained_on(held.num_among(experiment.train), held.num_examples):
+            self._console.print(f"warning: {note}", highlight=False)
         self._progress.start()
         total = config.rounds * config.cohort
         done = round_number * config.cohort

@@ -371,4 +371,6 @@ def partition_summary(experiment: Experiment) -> dict[str, Any]:
         "data": experiment.data_fingerprint(parts=False),
         "fingerprint": experiment.data_fingerprint(),
         "counts": experiment.counts.tolist(),
+        "evaluation_examples": experiment.evaluation.num_examples,
+        "evaluation_examples_trained_on": experiment.evaluation.num_among(experiment.train),
     }

@@ -126,6 +126,14 @@ def test_examples_that_are_whole_among_the_first_rows(example, whole):
     assert [encoded(example=example).num_whole(rows) for rows in range(5)] == whole
 
 
+def test_how_many_examples_are_examples_of_another_set():
+    other = Encoded({"input_ids": Ragged.from_rows([[8], [5, 6, 7], [8]])}, {}, {})
+    assert encoded().num_among(other) == 2 and other.num_among(encoded()) == 3
+    assert encoded(example=[0, 0, 1, 2]).num_among(other) == 0, "a part of an example is not the example"
+    assert encoded(example=[0, 0, 1, 2]).num_among(encoded(example=[0, 0, 1, 1])) == 1
+    assert encoded().num_among(Encoded({"input_ids": Ragged.from_rows([])}, {}, {})) == 0
+
+
 def test_padding_does_not_change_what_a_model_says(encoder):
     """The mask is right: a row alone, unpadded, gives the logits that it gives in a batch."""
     import transformers

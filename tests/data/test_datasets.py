@@ -250,6 +250,24 @@ def test_the_test_hold_out_is_disjoint_exhaustive_and_stratified(tmp_path, fract
     assert order == sorted(order), "rows keep their order"
 
 
+@pytest.mark.parametrize("split", ["test", "validation"])
+def test_a_row_that_repeats_another_is_not_held_out_beside_it(tmp_path, split):
+    rows = [{"text": f"t{i // 2}", "label": "ab"[i % 4 > 1]} for i in range(200)]
+    held = {"evaluate_on": split, "validation_fraction": 0.2}
+    splits = read(train=write(tmp_path / "rows.csv", rows), **held)
+    assert len(splits.evaluation) > 0 and not texts(splits.train) & texts(splits.evaluation)
+    if split == "test":
+        assert len(splits.train) + len(splits.evaluation) == 200
+
+
+def test_nothing_but_repeats_cannot_be_held_out(tmp_path):
+    rows = [{"text": "ab"[i % 2], "label": "ab"[i % 2]} for i in range(40)]
+    with pytest.raises(
+        FederaError, match=r"cannot hold out 20% of 40 rows: what was drawn repeats other rows"
+    ):
+        read(train=write(tmp_path / "rows.csv", rows))
+
+
 def test_a_label_that_occurs_once_does_not_stop_the_hold_out(tmp_path):
     rows = [*ROWS, {"text": "alone", "label": "once"}]
     splits = read(train=write(tmp_path / "rows.csv", rows))

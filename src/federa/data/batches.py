@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -104,6 +105,19 @@ class Encoded:
     def lengths(self) -> IntArray:
         """Return the number of tokens of every row, `(num_rows,)`."""
         return self.features["input_ids"].lengths()
+
+    def num_among(self, other: Encoded) -> int:
+        """Return how many of the examples are, token by token, examples of another set, too."""
+        held = set(other._tokens())
+        return sum(tokens in held for tokens in self._tokens())
+
+    def _tokens(self) -> list[bytes]:
+        """Return the tokens of every example, of all of its rows."""
+        first = np.arange(len(self) + 1)
+        if self.example is not None:
+            first = np.searchsorted(self.example, np.arange(self.num_examples + 1))
+        held = self.features["input_ids"]
+        return [held.values[a:b].tobytes() for a, b in pairwise(held.offsets[first])]
 
     def batch(
         self, rows: IntArray, device: torch.device, *, labels: bool = True, multiple: int | None = None

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
-from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import datasets
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
-from sklearn.model_selection import GroupShuffleSplit, train_test_split
 
+from federa.data.hold_out import Needs, Split, hold_out
 from federa.data.readers import (
     CONLL,
     read_conll,
@@ -25,7 +23,7 @@ from federa.data.readers import (
     require_utf8_cells,
 )
 from federa.registry import nearest
-from federa.types import FederaError, IntArray, RowError
+from federa.types import FederaError, IntArray
 
 HELD_OUT = 0.1  # of the training examples, for `evaluate_on: held_out`
 EMBEDDED = "bbc_news"
@@ -86,53 +84,6 @@ class DataConfig(BaseModel):
 
 
 Table = datasets.Dataset
-
-
-class Needs(Protocol):
-    """What a task asks of a table; see `Task`."""
-
-    def inputs(self, data: DataConfig) -> list[str]: ...  # noqa: D102
-
-    def answers(self, data: DataConfig) -> list[str]: ...  # noqa: D102
-
-    def strata(self, table: Any, data: DataConfig) -> list[str] | None: ...  # noqa: D102
-
-    def kinds(self, table: Any, data: DataConfig) -> Sequence[Collection[str]] | None: ...  # noqa: D102
-
-    def units(self, table: Any, data: DataConfig) -> list[str] | None: ...  # noqa: D102
-
-
-@dataclass(frozen=True, slots=True)
-class Split:
-    """Rows of a table that was read.
-
-    Attributes:
-        table: the rows.
-        name: of the table that they come from: train, validation or test.
-        rows: `(num_rows,)`, their numbers there.
-    """
-
-    table: Any
-    name: str
-    rows: IntArray
-
-    def select(self, places: IntArray) -> Split:
-        """Return some of the rows, in their order here."""
-        places = np.sort(places)
-        return Split(self.table.select(places), self.name, self.rows[places])
-
-    @contextmanager
-    def named(self) -> Iterator[None]:
-        """Let mistakes in these rows name the table that they were read from, and their number there.
-
-        Raises:
-            FederaError: where there is a `RowError` in the block.
-        """
-        try:
-            yield
-        except RowError as error:
-            row = self.rows[error.row]
-            raise FederaError(f"data: row {row} of the {self.name} table: {error.what}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,16 +224,16 @@ def read_splits(config: DataConfig, task: Needs) -> Splits:
         require_columns(table, f"the {split} table", [*task.inputs(config), *task.answers(config)])
     splits = {name: Split(table, name, np.arange(len(table))) for name, table in tables.items()}
     if "test" not in splits:
-        splits["train"], splits["test"] = _hold_out(splits["train"], config, task, config.test_fraction)
+        splits["train"], splits["test"] = hold_out(splits["train"], config, task, config.test_fraction)
     also = config.evaluate_on == "held_out" and config.validation_fraction > 0
     if (also or config.evaluate_on == "validation") and "validation" not in splits:
         if config.validation_fraction == 0:
             raise FederaError("data.evaluate_on=validation: give data.validation or data.validation_fraction")
-        splits["train"], splits["validation"] = _hold_out(
+        splits["train"], splits["validation"] = hold_out(
             splits["train"], config, task, config.validation_fraction
         )
     if config.evaluate_on == "held_out":
-        splits["train"], splits["held_out"] = _hold_out(splits["train"], config, task, HELD_OUT)
+        splits["train"], splits["held_out"] = hold_out(splits["train"], config, task, HELD_OUT)
     train, evaluated = splits["train"], splits[config.evaluate_on]
     return Splits(
         train.select(_sample(len(train.table), config.max_train, config.split_seed)),
@@ -346,50 +297,6 @@ def require_columns(table: Any, what: str, columns: Sequence[str]) -> None:
             raise FederaError(
                 f"data: {what} has no column {column!r}{nearest(column, known)}; it has {', '.join(known)}"
             )
-
-
-def _hold_out(split: Split, config: DataConfig, task: Needs, fraction: float) -> tuple[Split, Split]:
-    """Return the rows without a share of them, and that share.
-
-    What only one row shows of the label set (a rare label, an entity's type) stays where it is trained on.
-    """
-    rows = np.arange(len(split.table))
-    with split.named():
-        units, strata = task.units(split.table, config), task.strata(split.table, config)
-        kinds = task.kinds(split.table, config)
-    try:
-        if units is not None:
-            shuffle = GroupShuffleSplit(1, test_size=fraction, random_state=config.split_seed)
-            # By numbers: an array of texts is as wide as its longest one.
-            number = {unit: i for i, unit in enumerate(sorted(set(units)))}
-            held = next(shuffle.split(rows, groups=[number[unit] for unit in units]))[1]
-        else:
-            held = _drawn(rows, strata, fraction, config.split_seed)
-    except ValueError as error:
-        raise FederaError(f"data: cannot hold out {fraction:.0%} of {len(rows)} rows ({error})") from error
-    if kinds is not None:
-        known = set().union(*(kinds[row] for row in np.setdiff1d(rows, held)))
-        for row in held:
-            if not known.issuperset(kinds[row]):
-                known.update(kinds[row])
-                held = held[held != row]
-    if len(held) == 0:
-        raise FederaError(f"data: cannot hold out {fraction:.0%} of {len(rows)} rows: no label occurs twice")
-    return split.select(np.setdiff1d(rows, held)), split.select(held)
-
-
-def _drawn(rows: IntArray, strata: Sequence[str] | None, fraction: float, seed: int) -> IntArray:
-    """Return a share of the rows: of each stratum alike, where there are enough rows of each."""
-    if strata is not None:
-        times = Counter(strata)
-        rows = rows[[times[value] > 1 for value in strata]]
-        if len(rows) == 0:
-            return rows
-        strata = [strata[row] for row in rows]
-        if min(fraction, 1 - fraction) * len(rows) < len(set(strata)):
-            strata = None
-    held: IntArray = train_test_split(rows, test_size=fraction, random_state=seed, stratify=strata)[1]
-    return held
 
 
 def _sample(size: int, limit: int | None, seed: int) -> IntArray:

@@ -21,6 +21,7 @@ from federa.report.words import (
     score,
     size_words,
     time_words,
+    trained_on,
 )
 
 _ROUND_COLUMNS = {
@@ -100,6 +101,9 @@ def warnings(run: RunRecord) -> list[str]:
         notes.append(
             f"Not finished: {done}" + (f" of {count(planned)} recorded." if planned else " recorded.")
         )
+    held = run.partition
+    note = trained_on(held.get("evaluation_examples_trained_on"), held.get("evaluation_examples"))
+    notes += [f"{capital(note)}."] if note else []
     for key, name in (("loss", "The loss"), (run.metric, capital(metric_words(run.metric)))):
         bad = [count(r["round"]) for r in run.rounds if r.get(key) is not None and number(r[key]) is None]
         if bad:

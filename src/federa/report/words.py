@@ -8,6 +8,7 @@ from typing import Any
 from federa.report.load import is_number, number
 
 NONE = "–"
+NEGLIGIBLE_REPEATS = 0.01  # a share of the evaluation examples
 
 
 def score(value: Any) -> str:
@@ -104,3 +105,13 @@ def signed(value: Any) -> str:
     """Return a difference in points with its sign."""
     exact = number(value)
     return NONE if exact is None else f"{round(exact, 1) + 0.0:+.1f}".replace("-", "−")
+
+
+def trained_on(repeats: Any, of: Any) -> str | None:
+    """Return what to say of so many evaluation examples that are trained on; None for a negligible share."""
+    some, all_ = number(repeats) or 0, number(of) or 0
+    if some <= NEGLIGIBLE_REPEATS * all_:
+        return None
+    return (
+        f"{count(some)} of the {count(all_)} evaluation examples are training examples, too: scores flatter"
+    )
