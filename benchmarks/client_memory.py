@@ -68,9 +68,8 @@ def resident(what: str) -> float:
     kilobytes = {
         name: int(line.split()[1]) for line in lines if (name := line.split(":")[0]) in (what, "RssFile")
     }
-    return (
-        kilobytes[what] - kilobytes["RssFile"]
-    ) / 1024  # a file's pages stay: at the peak there were as many
+    # At the peak there were as many: a file's pages stay. Those that came after it make it look lower.
+    return (kilobytes[what] - kilobytes["RssFile"]) / 1024
 
 
 def forget_peak() -> None:

@@ -306,13 +306,15 @@ def test_dry_run_writes_nothing_and_says_what_would_be(here, capfd):
     assert plan["expected"]["bytes"] == 7 * 2 * 2 * 2179 * 4 and plan["expected"]["seconds"] > 0
 
 
-@pytest.mark.parametrize("words", [["--dry-run"], ["--out", "x"]])
-def test_evaluating_on_the_training_rows_is_said_before_it_begins(here, capfd, words):
+@pytest.mark.parametrize("words", [["--dry-run"], ["--out", "x"], ["--out", "x", "--json"]])
+def test_evaluating_on_the_training_rows_is_said(here, capfd, words):
     assert federa("run", "recipe.yaml", "data.test=train.csv", *words) == 0
-    out = capfd.readouterr().out
-    note = "warning: 240 of the 240 evaluation examples are training examples, too: scores flatter"
-    assert note in " ".join(out.split())
-    assert out.index("warning") < out.index("trained parameters: " if "--dry-run" in words else "  loss ")
+    assert " ".join(capfd.readouterr().err.split()) == (
+        "warning: 240 of 240 evaluation examples read to the model like training examples: "
+        "scores flatter; give another data.test, or take repeats out"
+    )
+    if "x" in words:
+        assert json.loads(Path("x/partition.json").read_text())["evaluation_examples_trained_on"] == 240
 
 
 def test_list_names_every_component_with_its_keys(capsys):

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from federa.experiment import CLIENT_TEST_EXAMPLES, KeptStates, build_experiment, resolve
+from federa.experiment import CLIENT_TEST_EXAMPLES, build_experiment, resolve
+from federa.kept import KeptStates
 from federa.machine import cache_folder
 from federa.server import make_jobs
 from federa.types import FederaError, Job

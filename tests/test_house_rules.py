@@ -28,7 +28,7 @@ LAYERS = [
         "cuda_graphs",
         "flat_parameters",
     ),
-    ("vocabulary", "prefix", "local_optimizer"),
+    ("vocabulary", "prefix", "local_optimizer", "kept"),
     ("client", "server", "diagnostics"),
     ("engines", "wires"),
     ("config",),

@@ -392,6 +392,19 @@ def test_a_loss_that_is_not_finite_is_a_gap_and_is_said(tmp_path: Path) -> None:
     assert not re.search(r' d="[^"]*(nan|inf)', page.read_text())
 
 
+def test_evaluating_on_what_is_trained_on_is_said_once_a_setting(tmp_path: Path) -> None:
+    cells = make_cells(tmp_path, settings=("a", "b"), methods=("federa", "lora"))
+    for cell in cells:
+        if cell.setting == "b":
+            held = json.loads((cell.folder / "partition.json").read_text())
+            held |= {"evaluation_examples": 1200, "evaluation_examples_trained_on": 1100}
+            (cell.folder / "partition.json").write_text(json.dumps(held))
+    (note,) = missing(read_grid(cells, [], []))
+    assert note == (
+        "b: 1\u2009100 of 1\u2009200 evaluation examples read to the model like training examples: scores flatter."
+    )
+
+
 def test_many_notes_are_counted(tmp_path: Path) -> None:
     cells = make_cells(
         tmp_path, settings=[f"s{i}" for i in range(11)], methods=("federa", "lora"), seeds=(0,)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,51 +24,16 @@ from federa.data.groups import CLUSTERS, Groups, clustered, column_values, embed
 from federa.data.partition import group_counts, partition_examples
 from federa.data.tokenised import tokenised
 from federa.engines.base import give_back_freed_memory
+from federa.kept import KeptStates
 from federa.masks import use_ready_masks
 from federa.methods import Setup
 from federa.models import Pretrained, load_pretrained, pick_device, require_base
 from federa.seeds import generator, seed_for
 from federa.server import make_jobs
-from federa.state import load_state, num_bytes, num_parameters, save_state
+from federa.state import num_bytes, num_parameters
 from federa.types import FederaError, FloatArray, IntArray, Job, RoundFailedError, State, Update
 
 CLIENT_TEST_EXAMPLES = 200  # at most so many evaluation examples stand for one client
-
-
-class KeptStates:
-    """What clients keep for themselves (a local head), one small file a client and round.
-
-    A job of round t reads the newest file from before t and writes that of t: a round that is run again after
-    a crash finds what it found the first time.
-    """
-
-    def __init__(self, folder: Path | None, start: State) -> None:
-        self.start = start
-        self._own = tempfile.TemporaryDirectory(prefix="federa-") if folder is None else None
-        self._folder = Path(self._own.name) if self._own is not None else Path(str(folder))
-
-    def load(self, job: Job) -> State:
-        """Return what the job's client kept last, or the common start."""
-        if not self.start:
-            return {}
-        before = [f for f in self._files(job.client_id) if _round_of(f) < job.round]
-        return load_state(before[-1])[0] if before else self.start
-
-    def save(self, job: Job, state: State) -> None:
-        """Keep a state for the client's next job; files that no resume can ask for go."""
-        if not self.start:
-            return
-        old = [f for f in self._files(job.client_id) if _round_of(f) < job.round]
-        save_state(self._folder / f"client-{job.client_id:06d}-round-{job.round:06d}.safetensors", state, {})
-        for file in old[:-1]:
-            file.unlink(missing_ok=True)
-
-    def _files(self, client: int) -> list[Path]:
-        return sorted(self._folder.glob(f"client-{client:06d}-round-*.safetensors"))
-
-
-def _round_of(file: Path) -> int:
-    return int(file.stem.rsplit("-", 1)[1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +51,8 @@ class Experiment:
         remainders: what rounding took away from their updates, where they keep that.
         labels: label names.
         groups: what the partition skews on.
+        trained_on: how many evaluation examples read like a training example to the model; None where the
+            training data are elsewhere.
         fingerprint: of the pretrained encoder.
         tokenizer: the model's.
         counts: examples by client and group, `(clients, groups)`.
@@ -105,6 +71,7 @@ class Experiment:
     remainders: KeptStates
     labels: list[str]
     groups: Groups
+    trained_on: int | None
     fingerprint: str
     tokenizer: Any
     counts: IntArray
@@ -266,6 +233,7 @@ def build_experiment(
         remainders=remainders(config, ready.params, kept),
         labels=labels,
         groups=groups,
+        trained_on=evaluation.num_among(train),
         fingerprint=loaded.fingerprint,
         tokenizer=loaded.tokenizer,
         counts=group_counts(held, groups.train, len(groups.names)),

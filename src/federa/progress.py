@@ -42,8 +42,19 @@ def readable_seconds(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
+def warn_of_repeats(experiment: Experiment) -> None:
+    """Say on stderr if many evaluation examples are trained on."""
+    if note := trained_on(experiment.trained_on, experiment.evaluation.num_examples):
+        said = note.replace("\u2009", ",")  # a page's thousands are not a terminal's
+        remedy = "scores flatter; give another data.test, or take repeats out"
+        console(to_stderr=True).print(f"warning: {said}: {remedy}", highlight=False)
+
+
 class JsonLines(Observer):
     """Prints every round's record as one line of JSON."""
+
+    def started(self, experiment: Experiment, records: Sequence[Record]) -> None:  # noqa: D102
+        warn_of_repeats(experiment)
 
     def finished_round(self, record: Record) -> None:  # noqa: D102
         print(json.dumps(record), flush=True)
@@ -84,9 +95,7 @@ class Bar(Observer):
             f"{len(experiment.parts)} clients ({config.partition.name}), {config.cohort} a round; "
             f"{sizes['trainable_parameters']:,} trained parameters ({share:.2%}); started in {seconds}"
         )
-        held = experiment.evaluation
-        if note := trained_on(held.num_among(experiment.train), held.num_examples):
-            self._console.print(f"warning: {note}", highlight=False)
+        warn_of_repeats(experiment)
         self._progress.start()
         total = config.rounds * config.cohort
         done = round_number * config.cohort

@@ -372,5 +372,5 @@ def partition_summary(experiment: Experiment) -> dict[str, Any]:
         "fingerprint": experiment.data_fingerprint(),
         "counts": experiment.counts.tolist(),
         "evaluation_examples": experiment.evaluation.num_examples,
-        "evaluation_examples_trained_on": experiment.evaluation.num_among(experiment.train),
+        "evaluation_examples_trained_on": experiment.trained_on,
     }

@@ -226,7 +226,7 @@ def test_a_wrong_column_names_the_nearest(tmp_path):
 def test_a_hold_out_that_cannot_be(tmp_path):
     there = write(tmp_path / "rows.csv", ROWS)
     for few in (1, 3):
-        message = rf"^data: cannot hold out 20% of {few} rows: no label occurs twice$"
+        message = rf"^data: cannot hold out 20% of {few} rows: no label has two different inputs$"
         refused(message, train=write(tmp_path / "few.csv", ROWS[:few]))
     refused("give data.validation or data.validation_fraction", train=there, evaluate_on="validation")
 
@@ -250,22 +250,51 @@ def test_the_test_hold_out_is_disjoint_exhaustive_and_stratified(tmp_path, fract
     assert order == sorted(order), "rows keep their order"
 
 
-@pytest.mark.parametrize("split", ["test", "validation"])
-def test_a_row_that_repeats_another_is_not_held_out_beside_it(tmp_path, split):
-    rows = [{"text": f"t{i // 2}", "label": "ab"[i % 4 > 1]} for i in range(200)]
-    held = {"evaluate_on": split, "validation_fraction": 0.2}
-    splits = read(train=write(tmp_path / "rows.csv", rows), **held)
-    assert len(splits.evaluation) > 0 and not texts(splits.train) & texts(splits.evaluation)
-    if split == "test":
-        assert len(splits.train) + len(splits.evaluation) == 200
+@pytest.mark.parametrize("on", ["test", "validation", "held_out"])
+@pytest.mark.parametrize("copies", [2, 3, 7])
+def test_rows_of_one_text_are_held_out_together(tmp_path, on, copies):
+    """As many as are asked for, of each label alike: also where one of them was copied to make up for its number."""
+    rows = [{"text": f"t{i // copies}", "label": "a"} for i in range(60 * copies)]
+    rows += [{"text": f"u{i}", "label": "b"} for i in range(240)]
+    config = {"evaluate_on": on, "test_fraction": 0.2, "validation_fraction": 0.25}
+    splits = read(train=write(tmp_path / "rows.csv", rows), **config)
+    assert not texts(splits.train) & texts(splits.evaluation)
+    held = Counter(splits.evaluation["label"])
+    left = {"test": (60, 240), "validation": (48, 192), "held_out": (36, 144)}[on]
+    share = {"test": 0.2, "validation": 0.25, "held_out": 0.1}[on]
+    assert held["a"] == pytest.approx(left[0] * share * copies, abs=copies)
+    assert held["b"] == pytest.approx(left[1] * share, abs=1)
 
 
-def test_nothing_but_repeats_cannot_be_held_out(tmp_path):
+def test_a_pair_is_another_text_than_its_first(tmp_path):
+    rows = [{"text": "one", "text_pair": f"t{i}", "label": "ab"[i % 2]} for i in range(100)]
+    splits = read(train=write(tmp_path / "rows.csv", rows), text_pair_column="text_pair")
+    assert len(splits.evaluation) == 20
+
+
+def test_one_text_a_label_cannot_be_held_out(tmp_path):
     rows = [{"text": "ab"[i % 2], "label": "ab"[i % 2]} for i in range(40)]
     with pytest.raises(
-        FederaError, match=r"cannot hold out 20% of 40 rows: what was drawn repeats other rows"
+        FederaError, match=r"cannot hold out 20% of 40 rows: no label has two different inputs"
     ):
         read(train=write(tmp_path / "rows.csv", rows))
+
+
+def test_a_text_that_is_none_is_named_before_it_is_held_out(tmp_path):
+    rows = [*ROWS, *({"text": None, "label": "a"} for _ in range(3))]
+    with pytest.raises(
+        FederaError, match="data: row 30 of the train table: column 'text' is None, not a text"
+    ):
+        read(train=write(tmp_path / "rows.parquet", rows))
+
+
+def test_sentences_with_what_one_alone_shows_stay_in_training_with_their_copies(tmp_path):
+    rows = [{"tokens": ["a", f"w{i}"], "tags": ["O", "O"]} for i in range(40)]
+    rows += [{"tokens": ["x", "y"], "tags": ["B-LOC", "O"]}] * 4
+    file = write(tmp_path / "rows.parquet", rows)
+    for seed in range(8):
+        splits = read_splits(DataConfig(train=str(file), split_seed=seed), NER())
+        assert len(splits.evaluation) >= 8 and ["x", "y"] not in list(splits.evaluation["tokens"])
 
 
 def test_a_label_that_occurs_once_does_not_stop_the_hold_out(tmp_path):

@@ -595,7 +595,8 @@ def test_a_run_begins_with_enough_nodes_and_others_join_later(three, tmp_path, m
     found = run(config, tmp_path / "run", place=place, observer=after)
     check_simulated(found, experiment, absent={(1, 1)})
     assert told[-1] == "begun without 1 of 3 nodes" + (": 1" if keys else "")
-    assert json.loads((tmp_path / "run" / "partition.json").read_text())["client_sizes"] == [80, 0, 80]
+    held = json.loads((tmp_path / "run" / "partition.json").read_text())
+    assert held["client_sizes"] == [80, 0, 80] and held["evaluation_examples_trained_on"] is None
 
     with pytest.raises(KeyboardInterrupt):
         run(config, tmp_path / "cut", place=successor(place, run="run-2"), observer=Cut(2))

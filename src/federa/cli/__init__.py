@@ -108,12 +108,12 @@ def run(
 def _show_plan(config: RunConfig, *, as_json: bool) -> None:
     from federa import progress
     from federa.plan import make_plan
-    from federa.report.words import trained_on
     from federa.run import partition_summary
 
     plan = make_plan(config)
     experiment, config = plan.experiment, plan.experiment.config
     held = partition_summary(experiment)
+    progress.warn_of_repeats(experiment)
     if as_json:
         expected = {"seconds": plan.seconds, "bytes": plan.bytes_round * config.rounds, **experiment.sizes}
         print(json.dumps({"config": config.model_dump(mode="json"), "partition": held, "expected": expected}))
@@ -122,9 +122,6 @@ def _show_plan(config: RunConfig, *, as_json: bool) -> None:
     console.print(config.to_yaml().rstrip(), highlight=False)
     console.print()
     console.print(progress.partition_table(held["client_sizes"], held["groups"], held["counts"]))
-    repeats, evaluated = held["evaluation_examples_trained_on"], held["evaluation_examples"]
-    if note := trained_on(repeats, evaluated):
-        console.print(f"\nwarning: {note}", highlight=False)
     sizes = experiment.sizes
     trained, total = sizes["trainable_parameters"], sizes["total_parameters"]
     console.print(f"\ntrained parameters: {trained:,} of {total:,} ({trained / total:.2%})")

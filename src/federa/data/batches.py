@@ -5,6 +5,7 @@ A data set of any size is a handful of NumPy arrays: worker processes share them
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -108,16 +109,17 @@ class Encoded:
 
     def num_among(self, other: Encoded) -> int:
         """Return how many of the examples are, token by token, examples of another set, too."""
-        held = set(other._tokens())
-        return sum(tokens in held for tokens in self._tokens())
+        own = Counter(self._tokens())
+        return sum(own[tokens] for tokens in {tokens for tokens in other._tokens() if tokens in own})
 
-    def _tokens(self) -> list[bytes]:
-        """Return the tokens of every example, of all of its rows."""
+    def _tokens(self) -> Iterator[bytes]:
+        """Yield the tokens of every example, of all of its rows."""
         first = np.arange(len(self) + 1)
         if self.example is not None:
             first = np.searchsorted(self.example, np.arange(self.num_examples + 1))
         held = self.features["input_ids"]
-        return [held.values[a:b].tobytes() for a, b in pairwise(held.offsets[first])]
+        for start, end in pairwise(held.offsets[first]):
+            yield held.values[start:end].tobytes()
 
     def batch(
         self, rows: IntArray, device: torch.device, *, labels: bool = True, multiple: int | None = None

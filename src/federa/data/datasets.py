@@ -53,8 +53,8 @@ class DataConfig(BaseModel):
         tokens_column: the words of a sentence (a list), in NER; `tags_column` their tags.
         question_column: the question, in question answering; `context_column` the text that answers it, and
             `answers_column` the answers: `text` and `answer_start`, lists, as in SQuAD.
-        test_fraction: the share of the rows held out where there is no test set: stratified by label, and
-            with questions about one context kept together.
+        test_fraction: the share of the rows held out where there is no test set: stratified by label, with
+            rows of equal inputs and questions about one context kept together.
         validation_fraction: the share of the training rows held out to tune on, likewise.
         evaluate_on: what the rounds are evaluated on: `test`, `validation`, or `held_out`, a tenth of what
             would be trained on otherwise. The last is for choices about runs that are judged on `validation`.

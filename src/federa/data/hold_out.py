@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import compress
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -67,11 +68,11 @@ class Split:
 def hold_out(split: Split, config: DataConfig, task: Needs, fraction: float) -> tuple[Split, Split]:
     """Return the rows without a share of them, and that share.
 
-    What only one row shows of the label set (a rare label, an entity's type) stays where it is trained on; so
-    does a row with the inputs of one that is trained on.
+    Rows of equal inputs stay together: no example is trained on and held out. What is seen in one place only
+    of the label set (a rare label, an entity's type) is trained on.
 
     Raises:
-        FederaError: nothing could be held out.
+        FederaError: nothing can be held out.
     """
     rows = np.arange(len(split.table))
     with split.named():
@@ -79,40 +80,47 @@ def hold_out(split: Split, config: DataConfig, task: Needs, fraction: float) -> 
         kinds = task.kinds(split.table, config)
     try:
         if units is not None:
-            shuffle = GroupShuffleSplit(1, test_size=fraction, random_state=config.split_seed)
-            # By numbers: an array of texts is as wide as its longest one.
             number = {unit: i for i, unit in enumerate(sorted(set(units)))}
-            held = next(shuffle.split(rows, groups=[number[unit] for unit in units]))[1]
+            unit = np.array(
+                [number[name] for name in units]
+            )  # an array of texts is as wide as its longest one
+            shuffle = GroupShuffleSplit(1, test_size=fraction, random_state=config.split_seed)
+            held = next(shuffle.split(rows, groups=unit))[1]
         else:
-            held = _drawn(rows, strata, fraction, config.split_seed)
+            unit = _first_like(split.table, task.inputs(config))
+            drawn = _drawn(rows[unit == rows], strata, fraction, config.split_seed)
+            held = rows[np.isin(unit, drawn)]
     except ValueError as error:
         raise FederaError(f"data: cannot hold out {fraction:.0%} of {len(rows)} rows ({error})") from error
     if kinds is not None:
         known = set().union(*(kinds[row] for row in np.setdiff1d(rows, held)))
         for row in held:
             if not known.issuperset(kinds[row]):
-                known.update(kinds[row])
-                held = held[held != row]
-    if len(held) == 0:
-        raise FederaError(f"data: cannot hold out {fraction:.0%} of {len(rows)} rows: no label occurs twice")
-    seen = [repr(inputs) for inputs in zip(*(split.table[name] for name in task.inputs(config)), strict=True)]
-    trained = {seen[row] for row in np.setdiff1d(rows, held)}
-    held = held[[seen[row] not in trained for row in held]]
+                known.update(*(kinds[like] for like in rows[unit == unit[row]]))
+                held = held[unit[held] != unit[row]]
     if len(held) == 0:
         raise FederaError(
-            f"data: cannot hold out {fraction:.0%} of {len(rows)} rows: what was drawn repeats other rows"
+            f"data: cannot hold out {fraction:.0%} of {len(rows)} rows: no label has two different inputs"
         )
     return split.select(np.setdiff1d(rows, held)), split.select(held)
+
+
+def _first_like(table: Any, columns: Sequence[str]) -> IntArray:
+    """Return the first row with the inputs of each row, `(num_rows,)`."""
+    first: dict[str, int] = {}
+    inputs = zip(*(table[column] for column in columns), strict=True)
+    return np.array([first.setdefault(repr(cells), row) for row, cells in enumerate(inputs)])
 
 
 def _drawn(rows: IntArray, strata: Sequence[str] | None, fraction: float, seed: int) -> IntArray:
     """Return a share of the rows: of each stratum alike, where there are enough rows of each."""
     if strata is not None:
+        strata = [strata[row] for row in rows]
         times = Counter(strata)
-        rows = rows[[times[value] > 1 for value in strata]]
+        repeated = [times[value] > 1 for value in strata]
+        rows, strata = rows[repeated], [*compress(strata, repeated)]
         if len(rows) == 0:
             return rows
-        strata = [strata[row] for row in rows]
         if min(fraction, 1 - fraction) * len(rows) < len(set(strata)):
             strata = None
     held: IntArray = train_test_split(rows, test_size=fraction, random_state=seed, stratify=strata)[1]

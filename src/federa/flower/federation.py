@@ -16,7 +16,7 @@ from federa.config import RunConfig
 from federa.data.batches import Encoded, Ragged
 from federa.data.datasets import read_held_out
 from federa.data.groups import UNKNOWN, Groups
-from federa.experiment import Experiment, KeptStates, encoded, load_model, prepare
+from federa.experiment import Experiment, encoded, load_model, prepare
 from federa.flower.messages import (
     PROTOCOL,
     SLACK_BYTES,
@@ -30,6 +30,7 @@ from federa.flower.messages import (
     unpack,
 )
 from federa.flower.session import NodeSession
+from federa.kept import KeptStates
 from federa.models import require_base
 from federa.run import Place
 from federa.types import FederaError, State
@@ -215,6 +216,7 @@ class Federation(Place):
             remainders=KeptStates(None, {}),
             labels=labels,
             groups=Groups(["all"], nobody, unknown),
+            trained_on=None,
             fingerprint=loaded.fingerprint,
             tokenizer=tokenizer,
             counts=np.array(sizes, dtype=np.int64)[:, None],

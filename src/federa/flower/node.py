@@ -19,7 +19,7 @@ from federa.client import Trainer
 from federa.config import RunConfig
 from federa.data.batches import Encoded
 from federa.data.datasets import read_client
-from federa.experiment import KeptStates, encoded, load_model, prepare, remainders
+from federa.experiment import encoded, load_model, prepare, remainders
 from federa.flower.messages import (
     INIT,
     PROTOCOL,
@@ -37,6 +37,7 @@ from federa.flower.messages import (
     unpack,
     unpack_tensors,
 )
+from federa.kept import KeptStates
 from federa.models import Pretrained, require_base
 from federa.state import num_parameters
 from federa.types import FederaError, Job

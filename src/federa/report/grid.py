@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,7 @@ from federa.report.curves import Curve
 from federa.report.drift import drift
 from federa.report.forest import by_setting, differences, forests
 from federa.report.heat import heat_map
-from federa.report.load import RunRecord
-from federa.report.parts import legend_entry, partitions
+from federa.report.parts import holdings, legend_entry, partitions
 from federa.report.recipes import environment, recipes, unlike
 from federa.report.scores import metric, missing, results, sentence
 from federa.report.svg import inline_svg
@@ -95,7 +93,7 @@ def _sections(grid: Grid) -> list[dict[str, Any]]:
         seed = min(seed for method in methods for seed in grid.runs[setting, method])
         names = [method for method in methods if seed in grid.runs[setting, method]]
         runs = [grid.runs[setting, method][seed] for method in names]
-        before = drawn.setdefault(_holdings(runs), setting)
+        before = drawn.setdefault(holdings(runs), setting)
         sections.append(
             {
                 "name": grid.name(setting),
@@ -115,12 +113,6 @@ def _sections(grid: Grid) -> list[dict[str, Any]]:
             }
         )
     return sections
-
-
-def _holdings(runs: Sequence[RunRecord]) -> tuple[str, ...]:
-    """Return who holds what, in a form that can be compared between settings."""
-    keys = ("client_sizes", "groups", "counts")
-    return tuple(dict.fromkeys(json.dumps([run.partition.get(key) for key in keys]) for run in runs))
 
 
 def _best(grid: Grid, setting: str) -> str:

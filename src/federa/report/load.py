@@ -31,7 +31,7 @@ class RunRecord:
         config: the same, parsed.
         environment: versions, hardware, commit.
         rounds: one record a round, in order.
-        partition: `client_sizes`, `groups`, `counts`, as `partition.json` has them.
+        partition: what `partition.json` says.
         result: the summary of a finished run.
     """
 

@@ -11,7 +11,7 @@ from federa.report.load import RunRecord, flatten, load_run
 from federa.report.naming import differing, headline, labels
 from federa.report.parts import legend_entry, partitions
 from federa.report.svg import inline_svg
-from federa.report.tables import Table, comparison, rejections, rounds_table, tiles, warnings
+from federa.report.tables import Table, comparison, rejections, repeats, rounds_table, tiles, warnings
 from federa.report.template import render
 from federa.report.words import plural
 from federa.state import write_atomically
@@ -57,9 +57,12 @@ def _context(runs: Sequence[RunRecord]) -> dict[str, Any]:
         "legend": [legend_entry(slot, name) for slot, name in enumerate(names)],
         "tiles": [] if several else tiles(runs[0]),
         "warnings": [
-            f"{name}: {note}" if several else note
-            for run, name in zip(runs, names, strict=True)
-            for note in warnings(run)
+            *dict.fromkeys(note for run in runs if (note := repeats(run))),
+            *(
+                f"{name}: {note}" if several else note
+                for run, name in zip(runs, names, strict=True)
+                for note in warnings(run)
+            ),
         ],
         "comparison": comparison(runs, names) if several else None,
         "unlike": Table(["key", *names], [[key, *row] for key, row in unlike.items()], wordy=True),

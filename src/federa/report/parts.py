@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,6 +32,12 @@ def marked(slot: int, name: str) -> Markup:
     )
 
 
+def holdings(runs: Sequence[RunRecord]) -> tuple[str, ...]:
+    """Return who holds what, in a form that can be compared."""
+    keys = ("client_sizes", "groups", "counts")
+    return tuple(dict.fromkeys(json.dumps([run.partition.get(key) for key in keys]) for run in runs))
+
+
 def partitions(runs: Sequence[RunRecord], names: Sequence[str], key: str = "p") -> list[dict[str, Any]]:
     """Return each different partition once, with the runs that share it.
 
@@ -41,7 +48,7 @@ def partitions(runs: Sequence[RunRecord], names: Sequence[str], key: str = "p") 
     """
     shared: list[tuple[RunRecord, list[str]]] = []
     for run, name in zip(runs, names, strict=True):
-        same = next((who for other, who in shared if other.partition == run.partition), None)
+        same = next((who for other, who in shared if holdings([other]) == holdings([run])), None)
         if same is not None:
             same.append(name)
         elif run.sizes.size:

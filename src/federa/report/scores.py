@@ -9,7 +9,7 @@ import numpy as np
 from federa.report.cells import ALL_SETTINGS, Grid, Pair, method_name
 from federa.report.load import Floats
 from federa.report.parts import marked
-from federa.report.tables import Table, best_cells, warnings
+from federa.report.tables import Table, best_cells, repeats, warnings
 from federa.report.words import NONE, capital, metric_words, plural, points, signed
 
 _NOTES_TO = 8
@@ -119,6 +119,9 @@ def missing(grid: Grid) -> list[str]:
     notes = [f"{setting}: no finished run of any method; it is not on this page." for setting in grid.lost]
     for setting in grid.settings:
         seeds = grid.seeds(setting)
+        runs_here = [run for m in grid.methods for run in grid.runs.get((setting, m), {}).values()]
+        said = dict.fromkeys(note for run in runs_here if (note := repeats(run)))
+        notes += [f"{grid.name(setting)}: {note}" for note in said]
         for method in grid.methods:
             who = f"{capital(method_name(method))} in {grid.name(setting)}"
             runs = grid.runs.get((setting, method), {})

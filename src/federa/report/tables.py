@@ -101,15 +101,19 @@ def warnings(run: RunRecord) -> list[str]:
         notes.append(
             f"Not finished: {done}" + (f" of {count(planned)} recorded." if planned else " recorded.")
         )
-    held = run.partition
-    note = trained_on(held.get("evaluation_examples_trained_on"), held.get("evaluation_examples"))
-    notes += [f"{capital(note)}."] if note else []
     for key, name in (("loss", "The loss"), (run.metric, capital(metric_words(run.metric)))):
         bad = [count(r["round"]) for r in run.rounds if r.get(key) is not None and number(r[key]) is None]
         if bad:
             shown = bad if len(bad) <= 8 else [*bad[:7], f"{len(bad) - 7} more"]
             notes.append(f"{name} was not a finite number in round {listing(shown)}.")
     return notes
+
+
+def repeats(run: RunRecord) -> str | None:
+    """Return what to say of evaluation examples that are trained on, if they are many."""
+    held = run.partition
+    note = trained_on(held.get("evaluation_examples_trained_on"), held.get("evaluation_examples"))
+    return f"{note}: scores flatter." if note else None
 
 
 def comparison(runs: Sequence[RunRecord], labels: Sequence[str]) -> Table:

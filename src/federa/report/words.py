@@ -108,10 +108,8 @@ def signed(value: Any) -> str:
 
 
 def trained_on(repeats: Any, of: Any) -> str | None:
-    """Return what to say of so many evaluation examples that are trained on; None for a negligible share."""
+    """Return what to say of evaluation examples that read like training examples; None if they are few."""
     some, all_ = number(repeats) or 0, number(of) or 0
     if some <= NEGLIGIBLE_REPEATS * all_:
         return None
-    return (
-        f"{count(some)} of the {count(all_)} evaluation examples are training examples, too: scores flatter"
-    )
+    return f"{count(some)} of {count(all_)} evaluation examples read to the model like training examples"

@@ -100,6 +100,7 @@ class Classification(Task):
 
     def strata(self, table: Any, data: DataConfig) -> list[str]:
         """Return the labels' names."""
+        require_texts(table, self.inputs(data))  # what is wrong with a row is said before it is held out
         return label_names(table, data)
 
     def outputs(self, model_output: Any) -> Tensor:
