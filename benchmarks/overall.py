@@ -6,9 +6,9 @@ The files are those of rounds_csv.py. A run's score is the mean of its last `mea
 methods are judged by; differences are paired by setting and seed, and their interval is a bootstrap over
 settings and over seeds within them (federa.statistics.paired).
 
-Where a method ran in a setting at several rates, or in several files, its runs are those of the rate and file
-with the best mean (of those with the most seeds). That is a choice by the test scores, and flatters every
-method alike: `--rates` shows what there was to choose from.
+A run that several files have counts as their mean. Where a method ran in a setting at several rates, its runs
+are those of the rate with the best mean (of those with the most seeds). That is a choice by the test scores,
+which flatters most who was tried at most: `--rates` shows what there was to choose from.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import csv
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -24,27 +25,29 @@ from federa.statistics import Paired, paired
 METHODS = {"federa": "FeDeRA", "lora": "LoRA", "adapter": "adapter", "bitfit": "BitFit", "ft": "FT"}
 PRIMARY = ("semeval_f1", "f1", "accuracy")  # the first that a setting has
 Scores = dict[str, dict[tuple[str, int], float]]  # by method, then by setting and seed
+Rate = tuple[float, float]  # of what is adapted, and of the head
 Tried = dict[
-    tuple[str, str], dict[tuple[Path, str], dict[int, float]]
-]  # by method and setting, file and rate, seed
+    tuple[str, str], dict[Rate, dict[int, list[float]]]
+]  # by method and setting, rate, seed: one a file
 
 
 def read(files: Sequence[Path]) -> Tried:
     """Return the final score of every run, in percent."""
-    evaluations: dict[tuple[str, str, Path, str, int], list[tuple[float, int]]] = {}
+    tried: Tried = {}
     for file in files:
         with file.open(newline="") as lines:
             rows = list(csv.DictReader(lines))
         scored = {(row["setting"], name) for row in rows for name in PRIMARY if row.get(name)}
+        runs: dict[tuple[str, str, Rate, int], list[tuple[float, int]]] = {}
         for row in rows:
             metric = next(name for name in PRIMARY if (row["setting"], name) in scored)
             if row[metric]:
-                run = (row["method"], row["setting"], file, row["lr"], int(row["seed"]))
-                evaluations.setdefault(run, []).append((100 * float(row[metric]), int(row["mean_of"])))
-    tried: Tried = {}
-    for (method, setting, file, lr, seed), found in evaluations.items():
-        runs = tried.setdefault((method, setting), {}).setdefault((file, lr), {})
-        runs[seed] = mean(score for score, _ in found[-found[0][1] :])
+                rate = (float(row["lr"]), float(row.get("head_lr") or row["lr"]))
+                run = (row["method"], row["setting"], rate, int(row["seed"]))
+                runs.setdefault(run, []).append((100 * float(row[metric]), int(row["mean_of"])))
+        for (method, setting, rate, seed), found in runs.items():
+            final = mean(score for score, _ in found[-found[0][1] :])
+            tried.setdefault((method, setting), {}).setdefault(rate, {}).setdefault(seed, []).append(final)
     return tried
 
 
@@ -52,20 +55,23 @@ def at_best_rates(tried: Tried) -> Scores:
     """Return the runs of every method's best rate in every setting."""
     scores: Scores = {}
     for (method, setting), rates in tried.items():
-        best = max(rates.values(), key=lambda runs: (len(runs), mean(runs.values())))
+        found = [{seed: mean(repeats) for seed, repeats in runs.items()} for runs in rates.values()]
+        best = max(found, key=lambda runs: (len(runs), mean(runs.values())))
         scores.setdefault(method, {}).update({(setting, seed): score for seed, score in best.items()})
     return scores
 
 
 def rates_table(tried: Tried, settings: Sequence[str]) -> list[str]:
-    """Return Markdown: the mean over seeds of every method at every rate."""
-    lines = ["| setting | method | rate: mean (seeds) |", "|---|---|---|"]
+    """Return Markdown: the mean over seeds of every method at every rate, each file's runs by themselves."""
+    lines = ["| setting | method | rate (of the head, if another): mean over seeds |", "|---|---|---|"]
     for setting in settings:
         for method in METHODS:
-            found = sorted(
-                (float(lr), file, runs) for (file, lr), runs in tried.get((method, setting), {}).items()
-            )
-            cells = [f"{lr:g}: {mean(runs.values()):.1f} ({len(runs)})" for lr, _, runs in found]
+            cells = []
+            for (lr, head), runs in sorted(tried.get((method, setting), {}).items()):
+                files = zip_longest(*runs.values())
+                means = [mean(s for s in repeat if s is not None) for repeat in files]
+                rate = f"{lr:g}" if head == lr else f"{lr:g} ({head:g})"
+                cells.append(f"{rate}: {' and '.join(f'{m:.1f}' for m in means)} ({len(runs)})")
             lines.append(f"| {setting} | {METHODS[method]} | {', '.join(cells)} |")
     return lines
 
@@ -87,8 +93,12 @@ def table(scores: Scores, settings: Sequence[str]) -> list[str]:
         best = max((mean(cell) for cell in cells if cell), default=0.0)
         shown = [_cell(cell, best) for cell in cells]
         lines.append(f"| {setting} | {max(map(len, cells))} | " + " | ".join(shown) + " |")
-    means = [mean(_by_setting(scores[name], settings).values()) for name in methods]
-    lines.append("| **mean** | | " + " | ".join(f"{value:.1f}" for value in means) + " |")
+    means = [_by_setting(scores[name], settings) for name in methods]
+    cells = [
+        f"{mean(found.values()):.1f}" + (f" (of {len(found)})" if len(found) < len(settings) else "")
+        for found in means
+    ]
+    lines.append("| **mean** | | " + " | ".join(cells) + " |")
     found = differences(scores, settings)
     for title, cell in (
         ("FeDeRA minus it", lambda pair: f"{pair.mean:+.1f}"),

@@ -29,6 +29,7 @@ def rows(folder: Path) -> list[dict[str, object]]:
             row = {"setting": run.parent.name, "method": method, "seed": int(seed)}
             row |= {
                 "lr": recipe["client"]["lr"],
+                "head_lr": recipe["client"]["head_lr"],
                 "mean_of": recipe["final_mean_of"],
                 "round": record["round"],
             }
@@ -50,10 +51,10 @@ def main() -> None:
     found = rows(asked.comparison)
     if not found:
         parser.error(f"{asked.comparison} has no finished run")
-    columns = ("setting", "method", "seed", "lr", "mean_of", "round", *KEPT, *SENT)
-    columns = [name for name in columns if any(name in row for row in found)]
+    columns = ("setting", "method", "seed", "lr", "head_lr", "mean_of", "round", *KEPT, *SENT)
+    columns = [name for name in columns if any(row.get(name) is not None for row in found)]
     with asked.to.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n", extrasaction="ignore")
         writer.writeheader()
         writer.writerows(found)
     print(f"{len(found)} rounds: {asked.to}")
