@@ -31,8 +31,8 @@ Tried = dict[
 ]  # by method and setting, rate, seed: one a file
 
 
-def read(files: Sequence[Path]) -> Tried:
-    """Return the final score of every run, in percent."""
+def read(files: Sequence[Path], head_rates: bool) -> Tried:
+    """Return the final score of every run, in percent; with `head_rates` also of heads with another rate."""
     tried: Tried = {}
     for file in files:
         with file.open(newline="") as lines:
@@ -41,7 +41,9 @@ def read(files: Sequence[Path]) -> Tried:
         runs: dict[tuple[str, str, Rate, int], list[tuple[float, int]]] = {}
         for row in rows:
             metric = next(name for name in PRIMARY if (row["setting"], name) in scored)
-            if row[metric]:
+            if row[metric] and (
+                head_rates or not row.get("head_lr") or float(row["head_lr"]) == float(row["lr"])
+            ):
                 rate = (float(row["lr"]), float(row.get("head_lr") or row["lr"]))
                 run = (row["method"], row["setting"], rate, int(row["seed"]))
                 runs.setdefault(run, []).append((100 * float(row[metric]), int(row["mean_of"])))
@@ -155,10 +157,13 @@ def main() -> None:
     )
     parser.add_argument("files", type=Path, nargs="+")
     parser.add_argument("--settings", default="", help="only those that have this in their name")
+    parser.add_argument(
+        "--head-rates", action="store_true", help="count runs whose head had a rate of its own"
+    )
     parser.add_argument("--rates", action="store_true", help="show every rate that ran")
     parser.add_argument("--picture", type=Path)
     asked = parser.parse_args()
-    tried = read(asked.files)
+    tried = read(asked.files, asked.head_rates)
     scores = at_best_rates(tried)
     settings = sorted({where for found in scores.values() for where, _ in found if asked.settings in where})
     if not settings:

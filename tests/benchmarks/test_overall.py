@@ -47,6 +47,8 @@ def test_repeats_are_averaged_and_the_best_rate_is_taken(write):
         write("c", {("y", "federa", 1e-3, None): [0.2, 0.2], ("x", "lora", 1e-3, 4e-3): [0.45, 0.35]}),
     ]
     out = call("overall.py", *files, "--rates")
+    assert "| x | LoRA | 0.001: 35.0 (2), 0.002: 35.0 (2) |" in out and "+8.3" not in out
+    out = call("overall.py", *files, "--rates", "--head-rates")
     assert "| x | 2 | **45.0 ± 7.1** | 40.0 ± 7.1 |" in out
     assert "| y | 2 | **20.0 ± 0.0** |  |" in out
     assert "| **mean** | | 32.5 | 40.0 (of 1) |" in out
@@ -62,7 +64,7 @@ def test_a_setting_that_is_asked_for(write):
 
 def test_the_results_in_the_documentation_are_read():
     results = BENCHMARKS.parent / "docs" / "results"
-    files = [*results.glob("*.csv"), *results.glob("skews/*.csv")]
+    files = [file for where in ("", "skews/", "head/") for file in results.glob(f"{where}*.csv")]
     out = call("overall.py", *files, "--settings", "dirichlet-")
     page = (results.parent / "results.md").read_text()
     scores = [cell for line in out.splitlines()[2:14] for cell in line.split(" | ")[2:]]
