@@ -7,7 +7,7 @@ process of its own that does what a node of `federa join` does: it is sent the r
 model, and trains. Figures are MB: `loading` is the most until the model is ready, `ready` what is held then,
 `training` the most in a few steps; on a CPU beyond what the libraries take alone, and without the pages of
 their files (how many of those a fault brings along is the kernel's choice: 80 MB from one run to another), on
-a GPU what torch has allocated. Linux only.
+a GPU what torch has taken, for recorded steps too. Linux only.
 """
 
 from __future__ import annotations
@@ -88,12 +88,12 @@ class Meter:
 
     def now(self) -> float:
         """Return what is held."""
-        return torch.cuda.memory_allocated() / 2**20 if self._cuda else resident("VmRSS") - self._libraries
+        return torch.cuda.memory_reserved() / 2**20 if self._cuda else resident("VmRSS") - self._libraries
 
     def peak(self) -> float:
         """Return the most since the last call, and begin anew."""
         if self._cuda:
-            most = torch.cuda.max_memory_allocated() / 2**20
+            most = torch.cuda.max_memory_reserved() / 2**20
             torch.cuda.reset_peak_memory_stats()
             return most
         most = resident("VmHWM") - self._libraries

@@ -629,6 +629,15 @@ def test_a_recipe_may_hold_the_grid(recipe, tmp_path, train_csv):
     assert federa("run", tmp_path / "grid.yaml") == 2
 
 
+def test_subsets_of_one_data_set_are_several(recipe, tmp_path):
+    recipes = []
+    for subset in ("mrpc", "rte"):
+        data = {"train": "nyu-mll/glue", "subset": subset}
+        recipes.append(write({**recipe, "data": data}, tmp_path / f"{subset}.yaml"))
+    names = [setting.name.split(",")[0] for setting in Comparison.load(recipes).settings]
+    assert names == ["nyu-mll/glue mrpc", "nyu-mll/glue rte"]
+
+
 def test_several_recipes_are_several_data_sets(recipe, tmp_path, train_csv):
     """Named by their folder if they are called train, else by themselves."""
     recipes = []

@@ -204,7 +204,6 @@ def test_a_step_that_waits_is_not_recorded(recipe, monkeypatch, caplog):
 def test_steps_are_recorded_where_there_is_room_twice(recipe, monkeypatch):
     experiment = on("cuda", recipe)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 1 << 40))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", torch.cuda.memory_allocated)
     with Serial().open(experiment) as session:
         for _ in range(3):
             list(session.train(experiment.params, jobs_of(experiment)))

@@ -220,3 +220,18 @@ def test_the_datas_fingerprint_knows_every_word_label_and_client(recipe, tmp_pat
 def test_natural_clients_hold_the_values_of_a_column(recipe):
     experiment = build(recipe, partition={"name": "natural", "column": "label"}, cohort=2)
     assert experiment.counts.tolist() == [[80, 0, 0], [0, 80, 0], [0, 0, 80]]
+
+
+@pytest.mark.parametrize("name", ["iid", "quantity", "dirichlet"])
+def test_clusters_are_found_for_a_partition_that_asks_for_them(recipe, monkeypatch, name):
+    """They cost a pass of the encoder over all texts."""
+    config = configure(recipe, partition={"name": name})
+    monkeypatch.setattr(type(config.task), "groups", lambda *_: None)
+    asked = []
+    monkeypatch.setattr(
+        "federa.experiment.embeddings",
+        lambda *_: asked.append(1) or np.random.default_rng(0).random((240, 4)),
+    )
+    groups = build(recipe, partition={"name": name}).groups
+    assert len(asked) == (2 if name == "dirichlet" else 0)
+    assert len(groups.names) == (config.task.clusters if name == "dirichlet" else 1)

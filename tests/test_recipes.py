@@ -1,5 +1,6 @@
 """The recipes that come with the source: each resolves, and the data that they name are read as they say."""
 
+from itertools import pairwise, takewhile
 from pathlib import Path
 
 import datasets
@@ -45,17 +46,49 @@ def test_the_papers_grid_is_six_sets_two_skews_and_five_methods():
     assert len(read_yaml(FOLDER / "paper.yaml")["grid"]["lrs"]) == 5
 
 
-def test_20_newsgroups_from_a_hub(monkeypatch):
-    """What the recipe says of the hub's copy: number and name of a label in two columns."""
-    rows = [
-        {"text": f"{name} {i}", "label": i % 2, "label_text": name} for i in range(6) for name in ("a", "b")
-    ]
-    hub = {split: datasets.Dataset.from_list(rows) for split in ("train", "test")}
+def test_the_papers_grid_compares_methods_not_step_sizes():
+    grid = read_yaml(FOLDER / "paper.yaml")
+    assert grid["final_mean_of"] > 1 and "tune_rounds" not in grid["grid"]
+    for rates in grid["grid"]["lrs"].values():
+        assert all(high / low == pytest.approx(2) for low, high in pairwise(sorted(rates)))
+
+
+WORDS = {"tokens": ["a", "b"], "ner_tags": ["O", "B-X"]}
+ANSWER = {
+    "question": "who?",
+    "context": "she",
+    "title": "t",
+    "answers": {"text": ["she"], "answer_start": [0]},
+}
+HUB = {  # a row of the hub's copy, and what the recipe's words are to ask for
+    "newsgroups20": ({"text": "a", "label": 0, "label_text": "x"}, "SetFit/20_newsgroups", None),
+    "semeval2010_task8": (
+        {"sentence": "a", "relation": "Other"},
+        "SemEvalWorkshop/sem_eval_2010_task_8",
+        None,
+    ),
+    "wnut17": (WORDS, "leondz/wnut_17", "refs/convert/parquet"),
+    "squad": (ANSWER, "rajpurkar/squad", None),
+}
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_the_words_for_a_hub(monkeypatch, name):
+    """They leave nothing of this project's files, and the hub's copy has the columns that they name."""
+    row, repository, revision = HUB[name]
+    other = {**row, "label": 1, "label_text": "y"} if "label" in row else row
+    splits = ("train", "validation") if name == "squad" else ("train", "test")
+    hub = {split: datasets.Dataset.from_list([row, other] * 6) for split in splits}
     asked = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda *args: asked.append(args) or hub)
-    words = (FOLDER / "newsgroups20.yaml").read_text().split("With a hub:\n# ")[1].split(".\n")[0].split()
-    config = load_config(FOLDER / "newsgroups20.yaml", words)
-    splits = read_splits(config.data, config.task)
-    assert asked == [("SetFit/20_newsgroups", None)]
-    assert config.task.labels(splits.train, config.data) == ["a", "b"]
-    assert len(splits.train) == len(splits.evaluation) == 12
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *args, revision: asked.append((*args, revision)) or hub
+    )
+    said = (FOLDER / f"{name}.yaml").read_text().replace("\n#", "").split("With a hub: ", 1)[1]
+    words = [word.removesuffix(".") for word in takewhile(lambda word: "=" in word, said.split())]
+    config = load_config(FOLDER / f"{name}.yaml", words)
+    found = read_splits(config.data, config.task)
+    assert asked == [(repository, None, revision)]
+    assert len(found.train) == len(found.evaluation) == 12
+    assert "shared" not in str(config.data)
+    if name == "newsgroups20":  # number and name of a label in two columns
+        assert config.task.labels(found.train, config.data) == ["x", "y"]

@@ -146,7 +146,7 @@ class Trainer:
         began = time.perf_counter()
         flat = self.flat
         flat.load_(params, local)
-        optimizer = self._resident or LocalOptimizer(flat, self.config, recorded=self.records)
+        optimizer = self._resident or LocalOptimizer(flat, self.config)
         if self.records:
             self._resident = optimizer
         optimizer.restart(job.lr, self.head_lr(job.lr))
@@ -156,7 +156,8 @@ class Trainer:
             for batch_rows in self.batches(data, rows, job):
                 losses.append(self._step(data, batch_rows, optimizer))
                 seen += len(batch_rows)
-        kept = {name: t.clone() for name, t in flat.read(flat.master, self.local).items()}
+        own = flat.read(flat.master, self.local) if self.local else {}
+        kept = {name: t.clone() for name, t in own.items()}
         metrics = {
             "loss": float(torch.stack(losses).double().mean()),
             "steps": float(len(losses)),

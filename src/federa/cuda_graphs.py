@@ -23,7 +23,7 @@ from federa.types import FederaError
 MOST = 96  # shapes that are recorded: each holds its list of operations on the device
 ROOM = 1.5  # times a step's memory must be free beside the largest step's, which may come as it is
 _SYNC = "called a synchronizing CUDA operation"  # torch's words
-_NOT_CAPTURED = "running without graph capture"  # an optimizer's, of a step as it comes
+_PROTOTYPE = "Synchronization debug mode is a prototype"  # likewise, of the means to find that out
 _log = logging.getLogger(__name__)
 
 Step = Callable[[dict[str, Tensor]], Tensor]
@@ -51,8 +51,10 @@ class CudaGraphs:
         self._needed: dict[tuple[object, ...], int] = {}
         self._recordings: dict[tuple[object, ...], _Recording] = {}
         self._pool = torch.cuda.graph_pool_handle()
+        self._refused: set[tuple[object, ...]] = set()  # there was no room for them
         self._waits = False
-        self._failed: FederaError | None = None
+        self._failed = ""
+        self._said: set[tuple[str, type[Warning], str, int]] = set()  # warnings that have been passed on
 
     def __len__(self) -> int:
         """Return how many shapes have been recorded."""
@@ -70,16 +72,20 @@ class CudaGraphs:
         Raises:
             FederaError: the step cannot be recorded.
         """
+        if self._failed:  # torch's generator is not to be used after that
+            raise FederaError(self._failed)
         key = tuple((name, tensor.shape, tensor.dtype) for name, tensor in sorted(batch.items()))
         recording = self._recordings.get(key)
         if recording is None:
-            if self._failed is not None:  # torch's generator is not to be used after that
-                raise self._failed
             if key not in self._needed:
                 return self._watched(key, batch)
-            if self._waits or len(self) >= MOST or not self._fits(key):
+            if self._waits or len(self) >= MOST or key in self._refused:
                 return self._step(batch)
-            recording = self._recordings[key] = self._record(batch)
+            recording = self._record(batch) if self._fits(key) else None
+            if recording is None:
+                self._refused.add(key)
+                return self._step(batch)
+            self._recordings[key] = recording
         for name, tensor in batch.items():
             recording.inputs[name].copy_(tensor)
         recording.graph.replay()
@@ -103,8 +109,10 @@ class CudaGraphs:
             finally:
                 torch.cuda.set_sync_debug_mode(mode)
         for warning in said:
-            if not any(words in str(warning.message) for words in (_SYNC, _NOT_CAPTURED)):
-                warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+            what = str(warning.message), warning.category, warning.filename, warning.lineno
+            if what not in self._said and not any(words in what[0] for words in (_SYNC, _PROTOTYPE)):
+                self._said.add(what)
+                warnings.warn_explicit(*what)
         self._needed[key] = torch.cuda.max_memory_allocated(self._device) - before
         if not self._waits and any(_SYNC in str(warning.message) for warning in said):
             self._waits = True
@@ -112,22 +120,25 @@ class CudaGraphs:
         return out
 
     def _fits(self, key: tuple[object, ...]) -> bool:
+        torch.cuda.empty_cache()  # as a recording does: what torch keeps then is for recordings alone
         free = int(torch.cuda.mem_get_info(self._device)[0])
-        unused = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
-        return bool(free + unused >= ROOM * self._needed[key] + max(self._needed.values()))
+        return bool(free >= ROOM * self._needed[key] + max(self._needed.values()))
 
-    def _record(self, batch: dict[str, Tensor]) -> _Recording:
+    def _record(self, batch: dict[str, Tensor]) -> _Recording | None:
+        """Record the step of a shape; None where the device has no room for it, and nothing is done then."""
         inputs = {name: torch.empty_like(tensor) for name, tensor in batch.items()}
         graph = torch.cuda.CUDAGraph()
         try:
             with _no_collection(), torch.cuda.graph(graph, pool=self._pool):
                 output = self._step(inputs)
+        except torch.OutOfMemoryError:
+            return None
         except Exception as error:
-            self._failed = FederaError(
+            self._failed = (
                 f"client.cuda_graphs: this model's step cannot be recorded ({type(error).__name__}: "
                 f"{str(error).strip().splitlines()[0] if str(error) else ''}); set it to false"
             )
-            raise self._failed from error
+            raise FederaError(self._failed) from error
         return _Recording(graph, inputs, output)
 
 

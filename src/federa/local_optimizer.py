@@ -16,33 +16,34 @@ if TYPE_CHECKING:
 class LocalOptimizer:
     """Changes flat parameters by their gradient, in place.
 
-    For steps that are recorded (`cuda_graphs.py`) what differs from job to job is in tensors.
+    On a GPU, where steps may be recorded (`cuda_graphs.py`), what differs from job to job is in tensors: also
+    where they are not, for a rate on the host has other last bits.
 
     Args:
         flat: the parameters, which stay where they are.
         config: the client's part of the recipe.
-        recorded: whether the steps are.
 
     Attributes:
         start: what the parameters were when the job began.
     """
 
-    def __init__(self, flat: FlatParameters, config: ClientConfig, *, recorded: bool = False) -> None:
+    def __init__(self, flat: FlatParameters, config: ClientConfig) -> None:
         self._flat, self._config = flat, config
         self.start = torch.empty_like(flat.master)
         device = flat.master.device
+        on_gpu = device.type == "cuda"
         groups: list[dict[str, Any]] = []
         for span, is_head, decays in flat.segments:
             vector = flat.master[span]
             vector.grad = flat.gradient[span]
             decay = config.weight_decay if decays else 0.0
-            rate = torch.zeros((), device=device) if recorded else 0.0
+            rate = torch.zeros((), device=device) if on_gpu else 0.0
             groups.append({"params": [vector], "weight_decay": decay, "lr": rate, "is_head": is_head})
         self._optimizer: torch.optim.Optimizer
         if config.optimizer == "sgd":
-            self._optimizer = torch.optim.SGD(groups, momentum=config.momentum, fused=recorded or None)
+            self._optimizer = torch.optim.SGD(groups, momentum=config.momentum, fused=on_gpu or None)
         else:
-            self._optimizer = torch.optim.AdamW(groups, fused=True, capturable=recorded)
+            self._optimizer = torch.optim.AdamW(groups, fused=True, capturable=on_gpu)
 
     def restart(self, lr: float, head_lr: float) -> None:
         """Begin a job at these learning rates, from the parameters as they are, having seen no gradient."""

@@ -44,7 +44,13 @@ def split(config: RunConfig, to: Path) -> list[int]:
     _write(splits.evaluation, to / "test.parquet")
     raw = config.model_dump(mode="json")
     raw["data"] |= {"train": "client-N.parquet", "test": "test.parquet", "validation": None}
-    raw["data"] |= {"evaluate_on": "test", "max_train": None, "max_test": None, "subset": None}
+    raw["data"] |= {
+        "evaluate_on": "test",
+        "max_train": None,
+        "max_test": None,
+        "subset": None,
+        "revision": None,
+    }
     raw["client"]["lr"] = config.client.lr
     # No file has that name: a node whose owner forgets it must not train on another client's data.
     head = "# The recipe of server and nodes alike; each node says its own: data.train=client-0.parquet.\n"

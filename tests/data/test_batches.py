@@ -35,6 +35,13 @@ def test_ragged_of_empty_rows():
     assert len(Ragged.from_rows([])) == 0
 
 
+def test_parts_joined_are_the_whole():
+    parts = [Ragged.from_rows(ROWS[:1]), Ragged.from_rows([]), Ragged.from_rows(ROWS[1:])]
+    joined, whole = Ragged.joined(parts), Ragged.from_rows(ROWS)
+    assert np.array_equal(joined.values, whole.values) and np.array_equal(joined.offsets, whole.offsets)
+    assert (joined.values.dtype, joined.offsets.dtype) == (whole.values.dtype, whole.offsets.dtype)
+
+
 def test_padded_to_the_longest_of_the_batch_at_the_right():
     ragged = Ragged.from_rows(ROWS)
     out = ragged.padded(np.array([3, 0]), fill=-1)

@@ -135,7 +135,7 @@ def test_a_folder_with_train_only_holds_out(tmp_path):
 def test_a_hub_name(monkeypatch):
     asked = []
 
-    def answer(name, subset):
+    def answer(name, subset, revision):
         asked.append((name, subset))
         return {"train": datasets.Dataset.from_list(ROWS[:20]), "test": datasets.Dataset.from_list(ROWS[20:])}
 
@@ -144,7 +144,7 @@ def test_a_hub_name(monkeypatch):
     assert asked == [("someone/news", "small")]
     assert rows_of(splits.train) == ROWS[:20]
     assert rows_of(splits.evaluation) == ROWS[20:]
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_: {"test": datasets.Dataset.from_list(ROWS)})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: {"test": datasets.Dataset.from_list(ROWS)})
     with pytest.raises(FederaError, match=r"'someone/news' has no split 'train' \(it has test\)"):
         read(train="someone/news")
 
@@ -181,6 +181,39 @@ def test_files_that_are_not_there(tmp_path):
 
 def test_a_hub_name_without_a_hub():
     refused("'imdb' is no local file or folder, and no data hub answered", train="imdb")
+
+
+def test_a_hub_that_says_no_is_quoted(monkeypatch):
+    def load(*_, **__):
+        raise ValueError("Config name is missing.\nPlease pick one among: ['mrpc', 'rte']")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    refused(r"the data hub did not give it: Config name is missing. Please pick one .*'rte'", train="glue")
+
+
+def test_a_branch_of_the_hub(monkeypatch):
+    asked = []
+
+    def load(*args, revision):
+        asked.append((*args, revision))
+        return {"train": datasets.Dataset.from_list(ROWS)}
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    read(train="glue", subset="mrpc", revision="refs/convert/parquet")
+    assert asked == [("glue", "mrpc", "refs/convert/parquet")]
+
+
+def test_no_test_set_is_held_out_where_none_is_asked_for(tmp_path):
+    for split in ("train", "validation"):
+        write(tmp_path / "rows" / f"{split}.csv")
+    splits = read(train=tmp_path / "rows", evaluate_on="validation", test_fraction=0)
+    assert len(splits.train) == len(splits.evaluation) == 30
+    assert len(read(train=tmp_path / "rows", evaluate_on="validation").train) == 24
+    refused(
+        "data.evaluate_on=test: give data.test or data.test_fraction",
+        train=tmp_path / "rows",
+        test_fraction=0,
+    )
 
 
 def test_a_format_that_is_not_known(tmp_path):

@@ -63,8 +63,11 @@ def refused(message, folder, name, content):
         "# newdoc id = d\n# sent_id = 1\n" + TEXT.replace("\n\n", "\n\n# text = né 👩\u200d🚀\n"),
         "# sent_id = 1\n" + TEXT.replace(" ", " NNP B-NP "),
         "# id 5dc0 domain=train\n" + TEXT,
+        "# id 5dc0 domain=train\n" + TEXT.replace(" ", " _ _ "),
+        "# id\t5dc0 domain=train\n" + TEXT,
+        "# id\t5dc0\n" + TEXT.replace(" ", "\t"),
     ],
-    ids=range(16),
+    ids=range(19),
 )
 def test_conll(tmp_path, content):
     assert read(tmp_path, "rows.conll", content).to_list() == SENTENCES
@@ -335,6 +338,21 @@ def test_mrqa(tmp_path, name, ending):
         read(tmp_path, name, gzip.compress(content) if name.lower().endswith("gz") else content).to_list()
         == MRQA
     )
+
+
+@pytest.mark.parametrize("name", ["all.jsonl", "all.jsonl.gz"])
+def test_mrqas_files_one_after_the_other(tmp_path, name):
+    """As `cat` leaves them, of gzip as well: each row has its own header's name."""
+    parts = [dumped(mrqa({"dataset": which})).encode() for which in ("SQuAD", "NewsQA")]
+    content = b"".join(gzip.compress(part) if name.endswith("gz") else part for part in parts)
+    found = read(tmp_path, name, content)
+    assert found["subset"] == ["SQuAD"] * len(ROWS) + ["NewsQA"] * len(ROWS)
+    assert found["question"] == [row["question"] for row in ROWS] * 2
+
+
+def test_a_later_header_that_is_none_is_named(tmp_path):
+    lines = [*mrqa(), {"header": "NewsQA"}, *mrqa()[1:]]
+    refused(r"line 5 is not of MRQA's format$", tmp_path, "x.jsonl", dumped(lines))
 
 
 def test_all_spans_of_all_answers_in_order(tmp_path):

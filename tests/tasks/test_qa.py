@@ -96,6 +96,19 @@ def test_one_window(word_level):
     assert CONTEXT[answer.start : answer.end] == answer.text
 
 
+def test_questions_are_tokenised_a_part_at_a_time(word_level, monkeypatch):
+    """The same as at once, where examples have several windows and where each has one."""
+    rows = [("soup bread", CONTEXT, "team player"), ("soup", CONTEXT, "win cup"), ("cup", "goal", "goal")] * 3
+    for task in (QA(max_length=10, overlap=2), TASK):
+        whole = task.encode(table(*rows), DATA, word_level, LABELS)
+        monkeypatch.setattr("federa.tasks.qa.SLICE", 2)
+        parts = task.encode(table(*rows), DATA, word_level, LABELS)
+        monkeypatch.undo()
+        assert rows_of(parts.features["input_ids"]) == rows_of(whole.features["input_ids"])
+        assert targets_of(parts) == targets_of(whole) and parts.num_examples == whole.num_examples == 9
+        assert answers_of(task, parts) == answers_of(task, whole)
+
+
 @pytest.mark.parametrize(
     ("answer", "places"),
     [

@@ -321,9 +321,8 @@ def _settings(grid: Grid, configs: Sequence[RunConfig]) -> Iterator[Setting]:
                 if model is not None:
                     changes |= dict([parse_override(f"model.name={model}")])
                 changed = config.replace(**changes) if changes else config
-                name = (
-                    f"{data_name(changed.data.train)}, {skew_name(changed)}, {Path(changed.model.name).name}"
-                )
+                data = " ".join(filter(None, (data_name(changed.data.train), changed.data.subset)))
+                name = f"{data}, {skew_name(changed)}, {Path(changed.model.name).name}"
                 if changed.data.evaluate_on == "held_out":
                     raise FederaError(
                         "data.evaluate_on=held_out: rates are tuned on it; judge runs on test or validation"

@@ -6,7 +6,7 @@ A data set of any size is a handful of NumPy arrays: worker processes share them
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -36,6 +36,12 @@ class Ragged:
         np.cumsum([len(row) for row in rows], out=offsets[1:])
         values = np.fromiter((v for row in rows for v in row), dtype=np.int32, count=int(offsets[-1]))
         return cls(values, offsets)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Ragged]) -> Ragged:
+        """Return the rows of some parts, one after the other."""
+        lengths = np.concatenate([[0], *(part.lengths() for part in parts)])
+        return cls(np.concatenate([part.values for part in parts]), np.cumsum(lengths, dtype=np.int64))
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

@@ -47,14 +47,15 @@ class DataConfig(BaseModel):
             embedded default (extra `quickstart`).
         validation: a file; without it `validation_fraction` of the training rows may be held out.
         test: a file; without one, a folder's or a hub data set's own, else `test_fraction` of the rows.
-        subset: the configuration of a hub data set.
+        subset: the configuration of a hub data set; `revision` its branch or commit, for example
+            `refs/convert/parquet` where the main one holds a script.
         text_column: the text; `text_pair_column` the second of a pair, if there is one.
         label_column: the label, a number or a word.
         tokens_column: the words of a sentence (a list), in NER; `tags_column` their tags.
         question_column: the question, in question answering; `context_column` the text that answers it, and
             `answers_column` the answers: `text` and `answer_start`, lists, as in SQuAD.
-        test_fraction: the share of the rows held out where there is no test set: stratified by label, with
-            rows of equal inputs and questions about one context kept together.
+        test_fraction: the share of the rows held out where there is no test set (0: none), stratified by
+            label; rows of equal inputs, and questions about one context, are kept together.
         validation_fraction: the share of the training rows held out to tune on, likewise.
         evaluate_on: what the rounds are evaluated on: `test`, `validation`, or `held_out`, a tenth of what
             would be trained on otherwise. The last is for choices about runs that are judged on `validation`.
@@ -67,6 +68,7 @@ class DataConfig(BaseModel):
     validation: str | None = None
     test: str | None = None
     subset: str | None = None
+    revision: str | None = None
     text_column: str = "text"
     text_pair_column: str | None = None
     label_column: str = "label"
@@ -75,7 +77,7 @@ class DataConfig(BaseModel):
     question_column: str = "question"
     context_column: str = "context"
     answers_column: str = "answers"
-    test_fraction: float = Field(default=0.2, gt=0, lt=1)
+    test_fraction: float = Field(default=0.2, ge=0, lt=1)
     validation_fraction: float = Field(default=0.0, ge=0, lt=1)
     evaluate_on: str = Field(default="test", pattern="^(test|validation|held_out)$")
     max_train: int | None = Field(default=None, ge=1)
@@ -177,13 +179,18 @@ def _read_folder(folder: Path) -> dict[str, Any]:
     return {name: read_table(str(file), f"data.{name}") for name, file in found.items()}
 
 
-def _read_hub(name: str, subset: str | None) -> dict[str, Any]:
+def _read_hub(name: str, subset: str | None, revision: str | None) -> dict[str, Any]:
     try:
-        splits = dict(datasets.load_dataset(name, subset))
-    except Exception as error:  # offline, unknown, gated: a dozen kinds
+        splits = dict(datasets.load_dataset(name, subset, revision=revision))
+    except ConnectionError as error:
         raise FederaError(
             f"data.train: {name!r} is no local file or folder, and no data hub answered for it; "
             "give a path, or go online"
+        ) from error
+    except Exception as error:  # unknown, gated, a script, no subset: a dozen kinds
+        reason = " ".join(str(error).split())[:300]
+        raise FederaError(
+            f"data.train: {name!r} is no local file or folder, and the data hub did not give it: {reason}"
         ) from error
     if "train" not in splits:
         raise FederaError(f"data.train: {name!r} has no split 'train' (it has {', '.join(splits)})")
@@ -223,7 +230,10 @@ def read_splits(config: DataConfig, task: Needs) -> Splits:
     for split, table in tables.items():
         require_columns(table, f"the {split} table", [*task.inputs(config), *task.answers(config)])
     splits = {name: Split(table, name, np.arange(len(table))) for name, table in tables.items()}
-    if "test" not in splits:
+    if "test" not in splits and config.test_fraction == 0:
+        if config.evaluate_on == "test":
+            raise FederaError("data.evaluate_on=test: give data.test or data.test_fraction")
+    elif "test" not in splits:
         splits["train"], splits["test"] = hold_out(splits["train"], config, task, config.test_fraction)
     also = config.evaluate_on == "held_out" and config.validation_fraction > 0
     if (also or config.evaluate_on == "validation") and "validation" not in splits:
@@ -282,7 +292,7 @@ def _read_source(config: DataConfig) -> dict[str, Any]:
         return {"train": read_table(config.train, "data.train")}
     if config.train.startswith((".", "/", "~")):
         raise FederaError(f"data.train: {config.train} does not exist")
-    return _read_hub(config.train, config.subset)
+    return _read_hub(config.train, config.subset, config.revision)
 
 
 def require_columns(table: Any, what: str, columns: Sequence[str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -27,8 +27,10 @@ class Partitioner(Component, ABC):
     Attributes:
         clients: the number of clients; None where the data decides.
         min_examples: no client is left with fewer; the largest clients give some of theirs.
+        skews: whether the groups of the examples matter.
     """
 
+    skews: ClassVar[bool] = True
     clients: Count | None = 20
     min_examples: Count = 1
 
@@ -92,6 +94,7 @@ def group_counts(parts: Sequence[IntArray], groups: IntArray, num_groups: int) -
 class Iid(Partitioner):
     """Shuffled rows in equal parts; sizes differ by at most one."""
 
+    skews: ClassVar[bool] = False
     name: Literal["iid"] = "iid"
     clients: Count = 20
 
@@ -161,6 +164,7 @@ class Quantity(Partitioner):
         beta: concentration; a small one gives most rows to few clients.
     """
 
+    skews: ClassVar[bool] = False
     name: Literal["quantity"] = "quantity"
     clients: Count = 20
     beta: Concentration = 1.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ import pyarrow as pa
 from federa.data.normal import normalised
 from federa.types import FederaError
 
+_TAG = re.compile(r"O|[A-Z]-.+")
 CONLL = (".conll", ".bio", ".iob", ".iob2", ".txt")
 
 
@@ -30,8 +32,8 @@ def read_conll(path: Path, what: str) -> Any:
             names the line.
     """
     lines = list(_lines(path, what))
-    tabs = any("\t" in line for line in lines)
-    usual = next((len(line.split()) for line in lines if line.strip() and line[0] not in "#-"), 2)
+    tabs = any("\t" in line for line in lines if not line.startswith("# "))
+    usual = next((len(_cells(line, tabs)) for line in lines if line.strip() and line[0] not in "#-"), 2)
     sentences: list[tuple[list[str], list[str]]] = [([], [])]
     widths: dict[int, int] = {}  # the number of columns of every line with a word
     for number, line in enumerate(lines, 1):
@@ -40,11 +42,10 @@ def read_conll(path: Path, what: str) -> Any:
             continue
         if line.startswith("-DOCSTART-") or (tabs and line.startswith("# ") and "\t" not in line):
             continue
-        # At spaces alone: a word may hold a no-break space.
-        cells = line.split("\t") if tabs else [cell for cell in line.split(" ") if cell]
+        cells = _cells(line, tabs)
         # Before a sentence; its words may well be "#".
-        odd = len(cells) != usual or cells[2:3] == ["="]
-        if not tabs and line.startswith("# ") and odd and not sentences[-1][0]:
+        odd = len(cells) != usual or cells[2:3] == ["="] or not _TAG.fullmatch(cells[-1].strip())
+        if line.startswith("# ") and odd and not sentences[-1][0]:
             continue
         if len(cells) < 2 or not cells[0] or not cells[-1].strip():
             raise FederaError(f"{what}: {path}, line {number}: expected a word and its tag, got {line!r}")
@@ -64,6 +65,11 @@ def read_conll(path: Path, what: str) -> Any:
         )
     words, tags = zip(*kept, strict=True)
     return datasets.Dataset.from_dict({"tokens": list(words), "tags": list(tags)})
+
+
+def _cells(line: str, tabs: bool) -> list[str]:
+    """Return the columns of a line; at spaces alone, for a word may hold a no-break space."""
+    return line.split("\t") if tabs else [cell for cell in line.split(" ") if cell]
 
 
 def _lines(path: Path, what: str) -> Iterator[str]:
@@ -186,8 +192,9 @@ def _part(holder: Any, key: str, kind: type, where: str) -> Any:
 def read_mrqa(path: Path, what: str) -> Any | None:
     """Return the questions of a file in MRQA's JSON lines (Fisch et al. 2019), or None if it is not one.
 
-    The first line is a header, each other one a context with its questions. The columns are those of
-    `read_squad`, and `subset`: the header's name of the data set.
+    The first line is a header, each other one a context with its questions, or the next data set's header:
+    files one after the other are one file. The columns are those of `read_squad`, and `subset`: the header's
+    name of the data set.
 
     Gold, to train on and to score by, is what stands at the spans of `detected_answers`, whose ends are their
     last characters. `answers`, which the official script scores by and which may hold forms that the context
@@ -209,8 +216,13 @@ def read_mrqa(path: Path, what: str) -> Any | None:
         try:
             for line in file:
                 number += 1
-                if line.strip():
-                    rows += _mrqa_rows(json.loads(line.decode("utf-8")), str(header.get("dataset", "")))
+                if not line.strip():
+                    continue
+                entry = json.loads(line.decode("utf-8"))
+                if "header" in entry and "context" not in entry:
+                    header = entry["header"]
+                else:
+                    rows += _mrqa_rows(entry, str(header.get("dataset", "")))
         except UnicodeDecodeError as error:
             raise not_utf8(path, what, number, error) from error
         except FederaError as error:

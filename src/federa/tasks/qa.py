@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -21,6 +22,7 @@ from federa.types import FloatArray, IntArray, RowError
 
 Offsets = np.ndarray[tuple[int], np.dtype[np.int32]]
 NOWHERE = -1  # the offset of a token that is not of the context
+SLICE = 1000  # questions tokenised at once; a tokenizer's answer takes far more room than what is kept
 Span = tuple[int, int]
 
 
@@ -84,9 +86,39 @@ class QA(Task):
         gold = None if labels is None else _gold(table, data, contexts)
         limit = min(self.max_length, tokenizer.model_max_length)
         self._require_room(questions, tokenizer, limit)
+        samples: list[IntArray] = []
+        windows: defaultdict[str, list[Ragged]] = defaultdict(list)
+        for first in range(0, len(questions), SLICE):
+            part = slice(first, first + SLICE)
+            sample, found = self._windows(questions[part], contexts[part], tokenizer, limit)
+            samples.append(first + sample)
+            for name, rows in found.items():
+                windows[name].append(rows)
+        features = {name: Ragged.joined(parts) for name, parts in windows.items()}
+        example = np.concatenate(samples)
+        reference = _Reference(table, data, features.pop("starts"), features.pop("ends"))
+        targets: dict[str, IntArray] = {}
+        if gold is not None:
+            places = self._places(example, reference, contexts, gold)
+            targets = {"start_positions": places[:, 0].copy(), "end_positions": places[:, 1].copy()}
+        return Encoded(
+            features,
+            targets,
+            {**paddings(tokenizer), "start_positions": IGNORED_POSITION, "end_positions": IGNORED_POSITION},
+            example if len(example) > len(questions) else None,
+            reference,
+        )
+
+    def _windows(
+        self, questions: Sequence[str], contexts: Sequence[str], tokenizer: Any, limit: int
+    ) -> tuple[IntArray, dict[str, Ragged]]:
+        """Return which question each window is of, and the features of all windows.
+
+        Among them are `starts` and `ends`, the characters of the context that each token has.
+        """
         tokens = tokenizer(
-            questions,
-            contexts,
+            list(questions),
+            list(contexts),
             truncation="only_second",
             max_length=limit,
             stride=self.overlap,
@@ -94,25 +126,15 @@ class QA(Task):
             return_offsets_mapping=True,
             return_attention_mask=False,
         )
-        example = np.array(tokens["overflow_to_sample_mapping"], dtype=np.int64)
         starts, ends = [], []
         for row, offsets in enumerate(tokens["offset_mapping"]):
             inside = [part == 1 for part in tokens.sequence_ids(row)]
             starts.append([at if own else NOWHERE for (at, _), own in zip(offsets, inside, strict=True)])
             ends.append([to if own else NOWHERE for (_, to), own in zip(offsets, inside, strict=True)])
         names = [n for n in ("input_ids", "token_type_ids") if n in tokens]
-        reference = _Reference(table, data, Ragged.from_rows(starts), Ragged.from_rows(ends))
-        targets: dict[str, IntArray] = {}
-        if gold is not None:
-            places = self._places(example, reference, contexts, gold)
-            targets = {"start_positions": places[:, 0].copy(), "end_positions": places[:, 1].copy()}
-        return Encoded(
-            {name: Ragged.from_rows(tokens[name]) for name in names},
-            targets,
-            {**paddings(tokenizer), "start_positions": IGNORED_POSITION, "end_positions": IGNORED_POSITION},
-            example if len(example) > len(questions) else None,
-            reference,
-        )
+        features = {name: Ragged.from_rows(tokens[name]) for name in names}
+        features |= {"starts": Ragged.from_rows(starts), "ends": Ragged.from_rows(ends)}
+        return np.array(tokens["overflow_to_sample_mapping"], dtype=np.int64), features
 
     def _texts(self, table: Any, data: DataConfig) -> tuple[list[str], list[str]]:
         """Return questions and contexts.
