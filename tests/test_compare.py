@@ -573,6 +573,25 @@ def test_the_time_of_all_runs_is_estimated(recipe, tmp_path):
     assert len(said) == 4 and 0 < seconds < 600
 
 
+def test_a_method_that_an_encoder_gives_nothing_to_do_is_no_end(recipe, encoder, tmp_path):
+    """BitFit on an encoder without biases; on the other one it runs, and so do the other methods on both."""
+    models = f"{encoder('modernbert')},{encoder('bert')}"
+    changes = {"methods": "lora,bitfit", "seeds": "0", "skews": "iid", "models": models, "lrs": {}}
+    made, said = comparison(recipe, tmp_path, **changes), []
+    assert time_estimate(made, said.append) > 0
+    assert sum("no biases" in line for line in said) == 1 and len(said) == 4
+    outcome = compare_methods(made, tmp_path / "out", said.append)
+    done = {(row["setting"].split()[-1], row["method"]): row["status"] for row in outcome.rows}
+    assert sorted(done.values()) == ["done", "done", "done", "failed"]
+    assert [row["method"] for row in outcome.rows if row["status"] == "failed"] == ["bitfit"]
+    assert any("bitfit-seed0: method 'bitfit': this encoder has no biases" in line for line in said)
+    alone = comparison(
+        recipe, tmp_path, **{**changes, "methods": "bitfit", "models": str(encoder("modernbert"))}
+    )
+    with pytest.raises(FederaError, match="no method fits this encoder"):
+        time_estimate(alone, said.append)
+
+
 def test_the_estimate_is_near_what_it_takes(recipe, tmp_path):
     """Runs of two rounds, which are mostly their start; tuning runs have one too. Other work may be running beside."""
     made = comparison(recipe, tmp_path, skews="iid")

@@ -8,6 +8,10 @@ class FederaError(ValueError):
     """
 
 
+class DoesNotFitError(FederaError):
+    """A method that this encoder gives nothing to do; the other methods of a comparison go on."""
+
+
 class RowError(FederaError):
     """A row of a table that cannot be used.
 

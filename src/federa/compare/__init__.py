@@ -28,6 +28,7 @@ from federa.compare.tables import (
 )
 from federa.compare.tuning import tuned_rates
 from federa.config import RunConfig, parse_config, read_yaml
+from federa.errors import DoesNotFitError, FederaError
 from federa.experiment import resolve
 from federa.machine import available_cores
 from federa.plan import make_plan
@@ -36,7 +37,6 @@ from federa.report import GridCell, Pair, Reached, write_grid_report
 from federa.report.cells import method_name
 from federa.state import write_atomically
 from federa.statistics import cost_to, mean_cost, paired
-from federa.types import FederaError
 
 __all__ = ["Comparison", "Grid", "Setting", "compare_methods", "settled", "time_estimate"]
 
@@ -179,8 +179,14 @@ def time_estimate(comparison: Comparison, say: Say) -> float:
         plans = {}
         for method in comparison.grid.methods:
             cell = comparison.cell(setting, method, comparison.grid.seeds[0], None)
-            plan = make_plan(_sharing(cell.config, jobs))
+            try:
+                plan = make_plan(_sharing(cell.config, jobs))
+            except DoesNotFitError as error:
+                say(f"{setting.name}: {error}")
+                continue
             plans[method] = plan.seconds, plan.start
+        if not plans:
+            raise FederaError(f"{setting.name}: no method fits this encoder")
         start = min(start for _, start in plans.values())
         for method, (seconds, _) in plans.items():
             say(f"{setting.name}: {method}: {readable_seconds(start + seconds)} a run")

@@ -17,11 +17,11 @@ from federa.checkpoint import RunDirectory
 from federa.compare.grid import Cell
 from federa.config import RunConfig, parse_config
 from federa.engines import Stacked
+from federa.errors import DoesNotFitError, FederaError, RoundFailedError
 from federa.machine import available_cores, die_with_parent
 from federa.models import pick_device
 from federa.progress import readable_seconds
 from federa.run import run
-from federa.types import FederaError, RoundFailedError
 
 Summary = dict[str, Any]
 Say = Callable[[str], None]
@@ -134,7 +134,7 @@ def run_cell(config: RunConfig, folder: Path) -> tuple[Summary | None, str]:
         summary = run(config, folder, resume=True).summary
         told.unlink(missing_ok=True)
         return summary, ""
-    except RoundFailedError as error:
+    except (RoundFailedError, DoesNotFitError) as error:
         told.unlink(missing_ok=True)
         return None, str(error)
     except FederaError as error:

@@ -7,8 +7,8 @@ from typing import ClassVar, Literal
 
 from torch import nn
 
+from federa.errors import DoesNotFitError
 from federa.methods.base import METHODS, ExportFormat, Method, Setup
-from federa.types import FederaError
 
 
 def _is_bias(name: str) -> bool:
@@ -26,7 +26,7 @@ class BitFit(Method):
     def edit(self, model: nn.Module, setup: Setup) -> Callable[[str], bool]:  # noqa: D102
         names = (name for name, _ in model.named_parameters() if name not in setup.head)
         if not any(_is_bias(name) for name in names):
-            raise FederaError("method 'bitfit': this encoder has no biases to train; take another method")
+            raise DoesNotFitError("method 'bitfit': this encoder has no biases to train; take another method")
         return _is_bias
 
     def merge(self, model: nn.Module) -> None:
