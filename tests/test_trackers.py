@@ -63,6 +63,24 @@ def test_a_tracker_gets_what_is_in_the_metrics_and_is_closed(recipe, tmp_path, m
     assert (seen, closed) == ([1, 2, 3], [2, 3]), "a resume goes on, and tells no round twice"
 
 
+def test_a_tracker_that_does_not_start_is_a_mistake_that_leaves_no_trace(recipe, tmp_path, monkeypatch):
+    closed = []
+
+    class First:
+        def __init__(self, folder):
+            self.close = lambda: closed.append(folder)
+
+    def second(folder):
+        raise ConnectionError("nobody\nanswers")
+
+    monkeypatch.setitem(TRACKERS, "first", First)
+    monkeypatch.setitem(TRACKERS, "second", second)
+    words = r"^track: second does not start \(ConnectionError: nobody answers\)$"
+    with pytest.raises(FederaError, match=words):
+        run(configure(recipe, track=["first", "second"]), tmp_path / "run")
+    assert closed == [tmp_path / "run"] and tree(tmp_path) == {}
+
+
 @pytest.mark.parametrize("name", ["tensorboard", "trackio", "wandb", "mlflow"])
 def test_a_package_that_is_missing_is_a_mistake_that_leaves_no_trace(recipe, tmp_path, monkeypatch, name):
     monkeypatch.setattr(TRACKERS[name], "package", "federa_not_there")

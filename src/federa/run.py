@@ -24,7 +24,7 @@ from federa.methods.lora import lora_layers
 from federa.report import write_report
 from federa.server import OK, finish_round, make_jobs
 from federa.state import load_state, num_bytes, write_atomically
-from federa.trackers import TRACKERS, require_trackers
+from federa.trackers import require_trackers, start_tracker
 from federa.types import Absence, FederaError, Job, Record, ServerState, State, Update
 from federa.wires import Wired
 
@@ -252,9 +252,9 @@ def _rounds(loop: _Loop, state: ServerState) -> ServerState:
     with ExitStack() as stack:
         trackers = []
         if loop.folder is not None:
-            trackers = [TRACKERS[name](loop.folder.path) for name in config.track]
-            for tracker in trackers:
-                stack.callback(tracker.close)
+            for name in config.track:
+                trackers.append(start_tracker(name, loop.folder.path))
+                stack.callback(trackers[-1].close)
         while state.round < config.rounds and not _target_reached(loop):
             began = time.perf_counter()
             jobs = make_jobs(config, state.round + 1, sizes)

@@ -149,3 +149,16 @@ def require_trackers(names: Iterable[str]) -> None:
         package = getattr(TRACKERS[name], "package", None)
         if package is not None and importlib.util.find_spec(package) is None:
             raise FederaError(f"track: {name} needs its package: pip install 'federa[{name}]'")
+
+
+def start_tracker(name: str, folder: Path) -> Tracker:
+    """Return a tracker that has begun to log a run.
+
+    Raises:
+        FederaError: it does not start: its server does not answer, say, or its settings are wrong.
+    """
+    try:
+        return TRACKERS[name](folder)
+    except Exception as error:  # each has its own kinds
+        reason = " ".join(str(error).split())[:300]
+        raise FederaError(f"track: {name} does not start ({type(error).__name__}: {reason})") from error
