@@ -92,6 +92,16 @@ def series(
     return found
 
 
+def faster(held: dict[str, Any], curve: str, x: float, engine: str) -> str:
+    """Return how much faster than `processes` an engine's rounds are, turn by turn: median, least and most."""
+    one, other = (
+        [statistics.median(run["rounds"][:-1]) for run in held.get(f"{curve}|{x}|{name}", [])]
+        for name in (engine, "processes")
+    )
+    ratios = [theirs / own for own, theirs in zip(one, other, strict=False)]
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})" if ratios else ""
+
+
 def exponent(points: list[tuple[float, float, float, float]]) -> float:
     """Return p of the power law y ~ x^p through the medians (least squares of the logarithms)."""
     x, y = np.log([point[0] for point in points]), np.log([point[1] for point in points])
@@ -104,8 +114,10 @@ def table(held: dict[str, Any]) -> str:
     for curve in CURVES:
         lines += [
             f"\n### {curve}\n",
-            "| | " + " | ".join(f"{e}, s a round | {e}, MB" for e in SHOWN) + " |",
-            "|---" * (1 + 2 * len(SHOWN)) + "|",
+            "| | "
+            + " | ".join(f"{e}, s a round | {e}, MB" for e in SHOWN)
+            + " | serial over processes | stacked over processes |",
+            "|---" * (3 + 2 * len(SHOWN)) + "|",
         ]
         columns = [series(held, curve, e, what) for e in SHOWN for what in ("rounds", "memory")]
         for x in CURVES[curve]:
@@ -118,9 +130,10 @@ def table(held: dict[str, Any]) -> str:
                     if point is None
                     else f"{point[1]:.{digits}f} ({point[2]:.{digits}f}-{point[3]:.{digits}f})"
                 )
+            cells += [faster(held, curve, x, engine) for engine in ("serial", "stacked")]
             lines.append(f"| {x:g} | " + " | ".join(cells) + " |")
         laws = [f"x^{exponent(column):.2f}" if len(column) > 1 else "" for column in columns]
-        lines.append("| law | " + " | ".join(laws) + " |")
+        lines.append("| law | " + " | ".join(laws) + " | | |")
     return "\n".join(lines) + "\n"
 
 
