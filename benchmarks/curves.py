@@ -93,7 +93,7 @@ def series(
 
 
 def faster(held: dict[str, Any], curve: str, x: float, engine: str) -> str:
-    """Return how much faster than `processes` an engine's rounds are, turn by turn: median, least and most."""
+    """Return how much faster than `processes` an engine is, turn by turn: median, least and most."""
     one, other = (
         [statistics.median(run["rounds"][:-1]) for run in held.get(f"{curve}|{x}|{name}", [])]
         for name in (engine, "processes")
