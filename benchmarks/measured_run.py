@@ -12,6 +12,7 @@ import json
 import os
 import resource
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -153,7 +154,7 @@ def main() -> None:
         path = folder / f"model-{shape[0]}x{shape[1]}"
         changes["model.name"] = str(path if path.exists() else write_model(path, *shape))
     config = recipe(folder, changes, examples)
-    run_folder = folder / f"run-{os.getpid()}"
+    run_folder = Path(tempfile.mkdtemp(prefix="run-", dir=folder))  # numbers of processes come again
     torch.set_num_threads(1)
     print(json.dumps(measure(config, run_folder)))
 
