@@ -156,8 +156,7 @@ class Trainer:
             for batch_rows in self.batches(data, rows, job):
                 losses.append(self._step(data, batch_rows, optimizer))
                 seen += len(batch_rows)
-        own = flat.read(flat.master, self.local) if self.local else {}
-        kept = {name: t.clone() for name, t in own.items()}
+        kept = {name: t.clone() for name, t in flat.read(flat.master, self.local).items()}
         metrics = {
             "loss": float(torch.stack(losses).double().mean()),
             "steps": float(len(losses)),

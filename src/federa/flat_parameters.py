@@ -128,8 +128,8 @@ class FlatParameters:
             self.gradient.copy_(self._work_gradient)
 
     def read(self, flat: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
-        """Return named views of a flat vector like `master`, on the CPU."""
-        flat = flat.cpu()
+        """Return named views of a flat vector like `master`, on the CPU; where none is asked for, it stays."""
+        flat = flat.cpu() if names else flat
         return {name: self.view(flat, name) for name in names}
 
     def changes(self, start: Tensor, names: Sequence[str]) -> dict[str, Tensor]:

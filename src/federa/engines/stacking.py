@@ -215,7 +215,7 @@ def train_together(  # noqa: PLR0917
             "examples": float(seen[lane]),
             "seconds_train": seconds * steps[i],
         }
-        kept = trainer.flat.read(lanes.master[lane], trainer.local) if trainer.local else {}
+        kept = trainer.flat.read(lanes.master[lane], trainer.local)
         delta = trainer.flat.read(deltas[lane], trainer.shared)
         update = Update(jobs[i], delta, float(len(parts[i])), metrics)
         results[i] = update, {name: t.clone() for name, t in kept.items()}
