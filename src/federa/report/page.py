@@ -57,7 +57,7 @@ def _context(runs: Sequence[RunRecord]) -> dict[str, Any]:
         "legend": [legend_entry(slot, name) for slot, name in enumerate(names)],
         "tiles": [] if several else tiles(runs[0]),
         "warnings": [
-            *dict.fromkeys(note for run in runs if (note := repeats(run))),
+            *repeats(runs),
             *(
                 f"{name}: {note}" if several else note
                 for run, name in zip(runs, names, strict=True)

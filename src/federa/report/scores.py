@@ -119,9 +119,8 @@ def missing(grid: Grid) -> list[str]:
     notes = [f"{setting}: no finished run of any method; it is not on this page." for setting in grid.lost]
     for setting in grid.settings:
         seeds = grid.seeds(setting)
-        runs_here = [run for m in grid.methods for run in grid.runs.get((setting, m), {}).values()]
-        said = dict.fromkeys(note for run in runs_here if (note := repeats(run)))
-        notes += [f"{grid.name(setting)}: {note}" for note in said]
+        here = [run for method in grid.methods for run in grid.runs.get((setting, method), {}).values()]
+        notes += [f"{grid.name(setting)}: {note}" for note in repeats(here)]
         for method in grid.methods:
             who = f"{capital(method_name(method))} in {grid.name(setting)}"
             runs = grid.runs.get((setting, method), {})

@@ -109,11 +109,13 @@ def warnings(run: RunRecord) -> list[str]:
     return notes
 
 
-def repeats(run: RunRecord) -> str | None:
-    """Return what to say of evaluation examples that are trained on, if they are many."""
-    held = run.partition
-    note = trained_on(held.get("evaluation_examples_trained_on"), held.get("evaluation_examples"))
-    return f"{note}: scores flatter." if note else None
+def repeats(runs: Sequence[RunRecord]) -> list[str]:
+    """Return what to say, once for all runs, of evaluation examples that are trained on, if they are many."""
+    told = (
+        trained_on(run.partition.get("evaluation_examples_trained_on"), run.partition.get("evaluation_examples"))
+        for run in runs
+    )
+    return list(dict.fromkeys(f"{note}: scores flatter." for note in told if note))
 
 
 def comparison(runs: Sequence[RunRecord], labels: Sequence[str]) -> Table:
