@@ -46,13 +46,10 @@ def partitions(runs: Sequence[RunRecord], names: Sequence[str], key: str = "p") 
         names: of the runs.
         key: prefix of the ids inside the pictures, unique on the page.
     """
-    shared: list[tuple[RunRecord, list[str]]] = []
+    shared: dict[tuple[str, ...], tuple[RunRecord, list[str]]] = {}
     for run, name in zip(runs, names, strict=True):
-        same = next((who for other, who in shared if holdings([other]) == holdings([run])), None)
-        if same is not None:
-            same.append(name)
-        elif run.sizes.size:
-            shared.append((run, [name]))
+        if run.sizes.size:
+            shared.setdefault(holdings([run]), (run, []))[1].append(name)
     return [
         {
             "names": [] if len(shared) == 1 else who,
@@ -63,5 +60,5 @@ def partitions(runs: Sequence[RunRecord], names: Sequence[str], key: str = "p") 
                 f"Partition of the examples over {plural(len(run.sizes), 'client')}",
             ),
         }
-        for i, (run, who) in enumerate(shared)
+        for i, (run, who) in enumerate(shared.values())
     ]
