@@ -230,11 +230,10 @@ def read_splits(config: DataConfig, task: Needs) -> Splits:
     for split, table in tables.items():
         require_columns(table, f"the {split} table", [*task.inputs(config), *task.answers(config)])
     splits = {name: Split(table, name, np.arange(len(table))) for name, table in tables.items()}
-    if "test" not in splits and config.test_fraction == 0:
-        if config.evaluate_on == "test":
-            raise FederaError("data.evaluate_on=test: give data.test or data.test_fraction")
-    elif "test" not in splits:
+    if "test" not in splits and config.test_fraction > 0:
         splits["train"], splits["test"] = hold_out(splits["train"], config, task, config.test_fraction)
+    elif "test" not in splits and config.evaluate_on == "test":
+        raise FederaError("data.evaluate_on=test: give data.test or data.test_fraction")
     also = config.evaluate_on == "held_out" and config.validation_fraction > 0
     if (also or config.evaluate_on == "validation") and "validation" not in splits:
         if config.validation_fraction == 0:

@@ -80,10 +80,9 @@ def hold_out(split: Split, config: DataConfig, task: Needs, fraction: float) -> 
         kinds = task.kinds(split.table, config)
     try:
         if units is not None:
+            # By numbers: an array of texts is as wide as its longest one.
             number = {unit: i for i, unit in enumerate(sorted(set(units)))}
-            unit = np.array(
-                [number[name] for name in units]
-            )  # an array of texts is as wide as its longest one
+            unit = np.array([number[name] for name in units])
             shuffle = GroupShuffleSplit(1, test_size=fraction, random_state=config.split_seed)
             held = next(shuffle.split(rows, groups=unit))[1]
         else:
