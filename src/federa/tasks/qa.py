@@ -110,15 +110,15 @@ class QA(Task):
         )
 
     def _windows(
-        self, questions: Sequence[str], contexts: Sequence[str], tokenizer: Any, limit: int
+        self, questions: list[str], contexts: list[str], tokenizer: Any, limit: int
     ) -> tuple[IntArray, dict[str, Ragged]]:
         """Return which question each window is of, and the features of all windows.
 
         Among them are `starts` and `ends`, the characters of the context that each token has.
         """
         tokens = tokenizer(
-            list(questions),
-            list(contexts),
+            questions,
+            contexts,
             truncation="only_second",
             max_length=limit,
             stride=self.overlap,
