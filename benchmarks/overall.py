@@ -1,6 +1,6 @@
 """What comparisons of several data sets say together: a table of methods by setting, and paired differences.
 
-python benchmarks/overall.py docs/results/*.csv docs/results/skews/*.csv [--picture docs/images/overall.png]
+python benchmarks/overall.py docs/results/*.csv docs/results/{skews,head}/*.csv [--picture docs/images/overall.png]
 
 The files are those of rounds_csv.py. A run's score is the mean of its last `mean_of` evaluations, of what the
 methods are judged by; differences are paired by setting and seed, and their interval is a bootstrap over
@@ -26,13 +26,11 @@ METHODS = {"federa": "FeDeRA", "lora": "LoRA", "adapter": "adapter", "bitfit": "
 PRIMARY = ("semeval_f1", "f1", "accuracy")  # the first that a setting has
 Scores = dict[str, dict[tuple[str, int], float]]  # by method, then by setting and seed
 Rate = tuple[float, float]  # of what is adapted, and of the head
-Tried = dict[
-    tuple[str, str], dict[Rate, dict[int, list[float]]]
-]  # by method and setting, rate, seed: one a file
+Tried = dict[tuple[str, str], dict[Rate, dict[int, list[float]]]]  # by method and setting, rate, seed
 
 
 def read(files: Sequence[Path], head_rates: bool) -> Tried:
-    """Return the final score of every run, in percent; with `head_rates` also of heads with another rate."""
+    """Return the final scores of every run, one a file, in percent; `head_rates`: also of heads with another rate."""
     tried: Tried = {}
     for file in files:
         with file.open(newline="") as lines:
@@ -41,10 +39,8 @@ def read(files: Sequence[Path], head_rates: bool) -> Tried:
         runs: dict[tuple[str, str, Rate, int], list[tuple[float, int]]] = {}
         for row in rows:
             metric = next(name for name in PRIMARY if (row["setting"], name) in scored)
-            if row[metric] and (
-                head_rates or not row.get("head_lr") or float(row["head_lr"]) == float(row["lr"])
-            ):
-                rate = (float(row["lr"]), float(row.get("head_lr") or row["lr"]))
+            rate = float(row["lr"]), float(row.get("head_lr") or row["lr"])
+            if row[metric] and (head_rates or rate[0] == rate[1]):
                 run = (row["method"], row["setting"], rate, int(row["seed"]))
                 runs.setdefault(run, []).append((100 * float(row[metric]), int(row["mean_of"])))
         for (method, setting, rate, seed), found in runs.items():

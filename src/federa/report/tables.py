@@ -112,7 +112,9 @@ def warnings(run: RunRecord) -> list[str]:
 def repeats(runs: Sequence[RunRecord]) -> list[str]:
     """Return what to say, once for all runs, of evaluation examples that are trained on, if they are many."""
     told = (
-        trained_on(run.partition.get("evaluation_examples_trained_on"), run.partition.get("evaluation_examples"))
+        trained_on(
+            run.partition.get("evaluation_examples_trained_on"), run.partition.get("evaluation_examples")
+        )
         for run in runs
     )
     return list(dict.fromkeys(f"{note}: scores flatter." for note in told if note))
