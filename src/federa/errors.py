@@ -8,6 +8,11 @@ class FederaError(ValueError):
     """
 
 
+def in_one_line(error: BaseException) -> str:
+    """Return what somebody else's error says, on one line and not too long."""
+    return " ".join(str(error).split())[:300]
+
+
 class DoesNotFitError(FederaError):
     """A method that this encoder gives nothing to do; the other methods of a comparison go on."""
 

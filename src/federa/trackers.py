@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Protocol
 
+from federa.errors import in_one_line
 from federa.state import write_atomically
 from federa.types import FederaError, Record
 
@@ -160,5 +161,5 @@ def start_tracker(name: str, folder: Path) -> Tracker:
     try:
         return TRACKERS[name](folder)
     except Exception as error:  # each has its own kinds
-        reason = " ".join(str(error).split())[:300]
-        raise FederaError(f"track: {name} does not start ({type(error).__name__}: {reason})") from error
+        kind = type(error).__name__
+        raise FederaError(f"track: {name} does not start ({kind}: {in_one_line(error)})") from error

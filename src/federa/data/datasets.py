@@ -22,6 +22,7 @@ from federa.data.readers import (
     require_utf8,
     require_utf8_cells,
 )
+from federa.errors import in_one_line
 from federa.registry import nearest
 from federa.types import FederaError, IntArray
 
@@ -188,9 +189,9 @@ def _read_hub(name: str, subset: str | None, revision: str | None) -> dict[str, 
             "give a path, or go online"
         ) from error
     except Exception as error:  # unknown, gated, a script, no subset: a dozen kinds
-        reason = " ".join(str(error).split())[:300]
         raise FederaError(
-            f"data.train: {name!r} is no local file or folder, and the data hub did not give it: {reason}"
+            f"data.train: {name!r} is no local file or folder, and the data hub did not give it: "
+            f"{in_one_line(error)}"
         ) from error
     if "train" not in splits:
         raise FederaError(f"data.train: {name!r} has no split 'train' (it has {', '.join(splits)})")
