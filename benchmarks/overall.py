@@ -1,6 +1,6 @@
 """What comparisons of several data sets say together: a table of methods by setting, and paired differences.
 
-python benchmarks/overall.py docs/results/*.csv docs/results/{skews,head}/*.csv [--picture docs/images/overall.png]
+python benchmarks/overall.py docs/results/*.csv docs/results/{skews,head}/*.csv --settings dirichlet-
 
 The files are those of rounds_csv.py. A run's score is the mean of its last `mean_of` evaluations, of what the
 methods are judged by; differences are paired by setting and seed, and their interval is a bootstrap over
@@ -30,7 +30,7 @@ Tried = dict[tuple[str, str], dict[Rate, dict[int, list[float]]]]  # by method a
 
 
 def read(files: Sequence[Path], head_rates: bool) -> Tried:
-    """Return the final scores of every run, one a file, in percent; `head_rates`: also of heads with another rate."""
+    """Return the final scores of runs, one a file, in percent; `head_rates`: also of heads with another rate."""
     tried: Tried = {}
     for file in files:
         with file.open(newline="") as lines:
