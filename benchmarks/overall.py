@@ -30,7 +30,7 @@ Tried = dict[tuple[str, str], dict[Rate, dict[int, list[float]]]]  # by method a
 
 
 def read(files: Sequence[Path], head_rates: bool) -> Tried:
-    """Return the final scores of runs, one a file, in percent; `head_rates`: also of heads with another rate."""
+    """Return the final scores of runs, one a file, in percent; perhaps of heads with another rate, too."""
     tried: Tried = {}
     for file in files:
         with file.open(newline="") as lines:

@@ -128,7 +128,7 @@ class FlatParameters:
             self.gradient.copy_(self._work_gradient)
 
     def read(self, flat: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
-        """Return named views of a flat vector like `master`, on the CPU; for no names it stays where it is."""
+        """Return named views of a flat vector like `master`, on the CPU; without names it stays."""
         flat = flat.cpu() if names else flat
         return {name: self.view(flat, name) for name in names}
 
