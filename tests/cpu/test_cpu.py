@@ -12,6 +12,7 @@ import transformers
 from torch import nn
 
 from federa.cpu import ATTENTION, FastDropout, FusedOutput, cpu_attention, native, speed_up
+from federa.cpu.attention import FusedAttention
 from federa.cpu.plain import apply_mask, draw_mask
 from federa.seeds import torch_seeded
 from small import FAMILIES
@@ -81,14 +82,14 @@ def test_dropout_depends_on_the_seed_only(kernels: None) -> None:
     assert not torch.equal(drawn[0], drawn[2])
 
 
-def classifier(folder: Path) -> nn.Module:
+def classifier(folder: Path, head: str = "SequenceClassification") -> nn.Module:
     """Return a model in which every part counts, with numbers that bfloat16 has.
 
     Fresh matrices are so small that gradients hardly pass through the attention, and biases are zero.
     """
     with torch_seeded(3):
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(
-            folder, attn_implementation="eager", num_labels=3
+        model = getattr(transformers, f"AutoModelFor{head}").from_pretrained(
+            folder, attn_implementation="eager", num_labels=2 if head == "QuestionAnswering" else 3
         )
         with torch.no_grad():
             for module in model.modules():
@@ -132,6 +133,25 @@ def test_a_sped_up_model_computes_what_the_original_does(
             continue
         assert expected.norm() > 1e-3 * largest, f"{name} does not count"
         assert (parameter.grad - expected).norm() < PRECISIONS[dtype] * expected.norm(), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attention_is_read_together_whatever_the_head(
+    family: str, kernels: None, encoder: Callable[[str], Path]
+) -> None:
+    """A head that says more than one thing, as one of spans does, is compared in all of them."""
+    ids = torch.randint(5, 30, (4, 12), generator=torch.Generator().manual_seed(1))
+    mask = (torch.arange(12) < torch.tensor([12, 8, 12, 4])[:, None]).long()
+    for head in ("SequenceClassification", "TokenClassification", "QuestionAnswering"):
+        fast, original = (classifier(encoder(family), head) for _ in range(2))
+        speed_up(fast)
+        layers = fast.config.num_hidden_layers
+        together = sum(type(module) is FusedAttention for module in fast.modules())
+        assert together == (layers if family in {"bert", "roberta", "electra"} else 0), head
+        ours, theirs = (model(input_ids=ids, attention_mask=mask).to_tuple() for model in (fast, original))
+        assert len(ours) == len(theirs) == 1 + (head == "QuestionAnswering")
+        for one, other in zip(ours, theirs, strict=True):
+            assert (one - other).norm() < 1e-5 * other.norm()
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS, ids=["fp32", "bf16"])
