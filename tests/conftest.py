@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from federa.cpu import native
 from small import build_encoder, sentences, small_recipe, write_csv
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -25,6 +26,7 @@ def _own_caches(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Keep starts and data sets of the tests out of the user's caches."""
     os.environ["FEDERA_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     os.environ["HF_DATASETS_CACHE"] = str(tmp_path_factory.mktemp("datasets"))
+    native.load()  # compiled now, and not in a test that makes writing fail
 
 
 @pytest.fixture(autouse=True)

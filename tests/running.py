@@ -100,6 +100,12 @@ def tree(folder: Path) -> dict[str, tuple[int, str]]:
     return out
 
 
+def kept_files(run_folder: Path) -> dict[str, Path]:
+    """Return what the clients of a run have kept for themselves: files by their names inside `clients`."""
+    folder = run_folder / "clients"
+    return {str(file.relative_to(folder)): file for file in sorted(folder.rglob("*.safetensors"))}
+
+
 def federa(*arguments: object) -> int:
     """Run the command line in this process, and return its exit status."""
     before, sys.argv = sys.argv, ["federa", *map(str, arguments)]

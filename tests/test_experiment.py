@@ -1,5 +1,8 @@
 """The one builder: sizes, what clients keep, the rows that stand for a client, and refusals."""
 
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -141,11 +144,28 @@ def test_kept_states_are_those_from_before_the_round(tmp_path):
     assert values == {6: 5.0, 9: 5.0, 10: 9.0, 99: 9.0}
     assert float(kept.load(job(6, client=11))["head"][0]) == 11.0
     assert kept.load(job(6, client=2)) == start
-    names = sorted(f.name for f in (tmp_path / "clients").iterdir())
+    names = sorted(str(f.relative_to(tmp_path / "clients")) for f in tmp_path.glob("clients/*/*"))
     assert names == [
-        "client-000001-round-000005.safetensors", "client-000001-round-000009.safetensors",
-        "client-000011-round-000005.safetensors",
+        "client-000001/round-000005.safetensors", "client-000001/round-000009.safetensors",
+        "client-000011/round-000005.safetensors",
     ]  # fmt: skip
+
+
+def test_a_clients_kept_states_cost_the_same_among_however_many(tmp_path, monkeypatch):
+    kept, looked = KeptStates(tmp_path / "clients", {"head": torch.zeros(2)}), []
+    for client in range(20):
+        kept.save(Job(1, client, 0, 0.1), kept.start)
+    scan = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda folder: looked.append(Path(folder).name) or scan(folder))
+    kept.load(Job(2, 7, 0, 0.1))
+    kept.save(Job(2, 7, 0, 0.1), kept.start)
+    assert set(looked) <= {"client-000007"}
+
+
+def test_what_an_earlier_version_kept_is_not_passed_over(tmp_path):
+    (tmp_path / "client-000001-round-000005.safetensors").touch()
+    with pytest.raises(FederaError, match="earlier version"):
+        KeptStates(tmp_path, {"head": torch.zeros(2)})
 
 
 def test_nothing_is_kept_where_heads_travel(tmp_path):

@@ -19,7 +19,7 @@ from federa.run import Observer
 from federa.server import make_jobs
 from federa.state import load_state, num_bytes
 from federa.types import FederaError, RoundFailedError, Update
-from running import build, configure, federa, loop, same, short_reports, steady, tree
+from running import build, configure, federa, kept_files, loop, same, short_reports, steady, tree
 
 FAST = {"client__max_steps": 2, "rounds": 3}
 
@@ -287,16 +287,16 @@ def test_local_heads_stay_with_their_clients(recipe, tmp_path):
 
     took_part = Counter(int(c) for record in result.records for c in record["verdicts"])
     last = {int(c): r["round"] for r in result.records for c in r["verdicts"]}
-    files = os.listdir(tmp_path / "run" / "clients")
-    assert {f"client-{c:06d}-round-{r:06d}.safetensors" for c, r in last.items()} <= set(files)
+    files = kept_files(tmp_path / "run")
+    assert {f"client-{c:06d}/round-{r:06d}.safetensors" for c, r in last.items()} <= {*files}
     assert len(files) == sum(min(times, 2) for times in took_part.values()), (
         "the last two of each client are kept"
     )
 
     scores = []  # each client that has trained, with its own head, on its own rows
     for client in sorted(last):
-        name = f"client-{client:06d}-round-{last[client]:06d}.safetensors"
-        own, _ = load_state(tmp_path / "run" / "clients" / name)
+        name = f"client-{client:06d}/round-{last[client]:06d}.safetensors"
+        own, _ = load_state(files[name])
         assert set(own) == head and not same(own, experiment.kept.start)
         rows = experiment.client_examples(client)
         guesses = outputs_of(experiment, result.state.params, rows, own).argmax(axis=1)

@@ -17,7 +17,19 @@ from federa.experiment import Experiment
 from federa.run import Observer
 from federa.server import OK, verdict
 from federa.types import FederaError, RoundFailedError, Update
-from running import alive, build, check_equal, configure, die, forked, jobs_of, play_on, same, steady
+from running import (
+    alive,
+    build,
+    check_equal,
+    configure,
+    die,
+    forked,
+    jobs_of,
+    kept_files,
+    play_on,
+    same,
+    steady,
+)
 
 pytestmark = pytest.mark.timeout(120)  # a worker that is waited for in vain
 
@@ -65,8 +77,11 @@ def test_heads_that_clients_keep_are_the_same(recipe, tmp_path):
     assert same(one.state.params, other.state.params)
     assert steady(one.records) == steady(other.records)
     assert one.summary["per_client"] == other.summary["per_client"]
-    kept = {f.name: f.read_bytes() for f in sorted((tmp_path / "serial" / "clients").iterdir())}
-    assert kept == {f.name: f.read_bytes() for f in sorted((tmp_path / "processes" / "clients").iterdir())}
+    kept = [
+        {name: file.read_bytes() for name, file in kept_files(tmp_path / engine).items()}
+        for engine in ("serial", "processes")
+    ]
+    assert kept[0] == kept[1] and kept[0]
 
 
 def test_a_method_of_which_nothing_travels(recipe):

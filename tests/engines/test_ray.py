@@ -17,7 +17,19 @@ from federa.engines import ray as engine
 from federa.experiment import build_experiment
 from federa.server import OK, verdict
 from federa.types import FederaError, RoundFailedError
-from running import alive, build, check_equal, configure, jobs_of, play, play_on, same, short_reports, steady
+from running import (
+    alive,
+    build,
+    check_equal,
+    configure,
+    jobs_of,
+    kept_files,
+    play,
+    play_on,
+    same,
+    short_reports,
+    steady,
+)
 from small import small_recipe
 
 needs_ray = pytest.mark.skipif(
@@ -152,8 +164,11 @@ def test_a_whole_run_with_heads_that_clients_keep(recipe, tmp_path, monkeypatch)
     assert same(one.state.params, other.state.params)
     assert steady(one.records) == steady(other.records)
     assert one.summary["per_client"] == other.summary["per_client"]
-    kept = {f.name: f.read_bytes() for f in sorted((tmp_path / "serial" / "clients").iterdir())}
-    assert kept == {f.name: f.read_bytes() for f in sorted((tmp_path / "ray" / "clients").iterdir())}
+    kept = [
+        {name: file.read_bytes() for name, file in kept_files(tmp_path / engine).items()}
+        for engine in ("serial", "ray")
+    ]
+    assert kept[0] == kept[1] and kept[0]
     assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
     assert until(lambda: rays() <= before), "a process of Ray was left behind"
 

@@ -24,7 +24,7 @@ from federa.seeds import torch_seeded
 from federa.server import OK, finish_round
 from federa.state import load_state
 from federa.types import FederaError, Job, RoundFailedError, ServerState
-from running import build, configure, furthest, jobs_of, same, steady
+from running import build, configure, furthest, jobs_of, kept_files, same, steady
 
 METHOD_CASES = {
     "federa": {"name": "federa", "rank": 4},
@@ -385,11 +385,10 @@ def test_heads_that_clients_keep(recipe, tmp_path):
         for name in ("serial", "stacked")
     ]
     assert furthest(*(r.state.params for r in results)) < 1e-5
-    files = [sorted(f.name for f in (r.folder / "clients").iterdir()) for r in results]
-    assert files[0] == files[1] and files[0]
-    for name in files[0]:
-        kept = [load_state(r.folder / "clients" / name)[0] for r in results]
-        assert furthest(*kept) < 1e-5
+    kept = [kept_files(r.folder) for r in results]
+    assert list(kept[0]) == list(kept[1]) and kept[0]
+    for files in zip(*(found.values() for found in kept), strict=True):
+        assert furthest(*(load_state(file)[0] for file in files)) < 1e-5
     assert results[0].summary["per_client"] == results[1].summary["per_client"]
 
 
