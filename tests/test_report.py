@@ -300,6 +300,12 @@ def test_an_unfinished_run_takes_its_figures_from_its_rounds(tmp_path: Path) -> 
     assert notes(run) == ["Not finished: 4 rounds of 4 recorded."]
 
 
+def test_a_final_score_says_of_how_many_evaluations_it_is_the_mean(tmp_path: Path) -> None:
+    for finished, note in ((True, "mean of the last 3 evaluations"), (False, "")):
+        folder = make_run(tmp_path / str(finished), rounds=4, finished=finished, final_mean_of=3)
+        assert next(t.note for t in tiles(load_run(folder)) if t.label.startswith("Final")) == note
+
+
 def test_only_a_recipe_gives_a_page_even_an_empty_one(tmp_path: Path) -> None:
     folder = tmp_path / "bare"
     folder.mkdir()

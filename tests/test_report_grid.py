@@ -108,6 +108,20 @@ def make_reached(settings: Any = SETTINGS) -> list[Reached]:
     ]
 
 
+def test_the_page_says_of_how_many_evaluations_a_score_is_the_mean(tmp_path: Path) -> None:
+    for name, numbers, words in (
+        ("one", (3, 3), "Accuracy as the mean of the last 3 evaluations, in points"),
+        ("two", (1, 3), "Accuracy as the mean of the last 1 to 3 evaluations, in points"),
+    ):
+        cells = [
+            cell
+            for setting, mean_of in zip(SETTINGS, numbers, strict=True)
+            for cell in make_cells(tmp_path / name / setting, settings=(setting,), final_mean_of=mean_of)
+        ]
+        page = write_grid_report("A grid", cells, [], [], tmp_path / f"{name}.html")
+        assert words in " ".join(" ".join(check(page).text).split())
+
+
 def rows_of(table: Any) -> dict[str, list[str]]:
     """The cells of a table's rows by the text of the first, which has a coloured marker."""
     return {re.sub(r"<[^>]*>\S* ?", "", str(row[0])).strip(): list(row[1:]) for row in table.rows}

@@ -496,3 +496,16 @@ def test_every_format_gives_the_same_tokens(tmp_path, encoder):
         )
     assert found[0] == found[1] == found[2]
     assert list(encoded.targets["end_positions"] > 0) == [True] * 3
+
+
+@pytest.mark.parametrize("form", ["squad", "mrqa"])
+def test_half_a_character_in_json(tmp_path, form):
+    """JSON can say half of a surrogate pair, and no table can hold it."""
+    objects = [squad()] if form == "squad" else mrqa()
+    content = "".join(json.dumps(each) + "\n" for each in objects).replace("Which?", r"Which\ud83d?")
+    refused(
+        r"x\.json, question 2 \('3'\): \\ud83d is half a character; write the text anew$",
+        tmp_path,
+        "x.json",
+        content,
+    )

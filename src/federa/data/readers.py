@@ -145,7 +145,28 @@ def read_squad(path: Path, what: str) -> Any | None:
     rows = list(_squad_rows(articles, f"{what}: {path}: "))
     if not rows:
         raise FederaError(f"{what}: {path} has no questions")
-    return datasets.Dataset.from_list(rows)
+    return _table(rows, f"{what}: {path}")
+
+
+def _table(rows: list[dict[str, Any]], file: str) -> Any:
+    """Return rows as a table.
+
+    Raises:
+        FederaError: half a surrogate pair, which JSON can say and UTF-8 cannot hold; it names the question.
+    """
+    try:
+        return datasets.Dataset.from_list(rows)
+    except UnicodeEncodeError as error:
+        for number, row in enumerate(rows):
+            try:
+                json.dumps(row, ensure_ascii=False).encode()
+            except UnicodeEncodeError as half:
+                shown = half.object[half.start].encode("ascii", "backslashreplace").decode()
+                raise FederaError(
+                    f"{file}, question {number} ({row['id']!r}): {shown} is half a character; "
+                    "write the text anew"
+                ) from error
+        raise
 
 
 def _squad_rows(articles: list[Any], file: str) -> Iterator[dict[str, Any]]:
@@ -233,7 +254,7 @@ def read_mrqa(path: Path, what: str) -> Any | None:
             raise FederaError(f"{what}: cannot read {path} beyond line {number}: {error}") from error
     if not rows:
         raise FederaError(f"{what}: {path} has no questions")
-    return datasets.Dataset.from_list(rows)
+    return _table(rows, f"{what}: {path}")
 
 
 def _mrqa_rows(entry: dict[str, Any], subset: str) -> Iterator[dict[str, Any]]:

@@ -15,7 +15,7 @@ from federa.report.forest import by_setting, differences, forests
 from federa.report.heat import heat_map
 from federa.report.parts import holdings, legend_entry, partitions
 from federa.report.recipes import environment, recipes, unlike
-from federa.report.scores import metric, missing, results, sentence
+from federa.report.scores import metric, missing, results, sentence, when
 from federa.report.svg import inline_svg
 from federa.report.template import render
 from federa.report.words import plural, points
@@ -60,6 +60,7 @@ def _context(title: str, grid: Grid, pairs: Sequence[Pair], reached: Sequence[Re
         "sentence": sentence(grid, pairs),
         "warnings": missing(grid),
         "metric": metric(grid),
+        "when": when(grid),
         "first": method_name(grid.methods[0]),
         "several_seeds": any(len(grid.seeds(setting)) > 1 for setting in grid.settings),
         "results": results(grid),

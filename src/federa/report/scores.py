@@ -9,6 +9,7 @@ import numpy as np
 from federa.report.cells import ALL_SETTINGS, Grid, Pair, method_name
 from federa.report.load import Floats
 from federa.report.parts import marked
+from federa.report.summary import summarize
 from federa.report.tables import Table, best_cells, repeats, warnings
 from federa.report.words import NONE, capital, metric_words, plural, points, signed
 
@@ -27,6 +28,16 @@ def metric(grid: Grid) -> str:
     """Return the metric of all settings in words; `the metric` where they differ."""
     names = set(metrics(grid).values())
     return names.pop() if len(names) == 1 else "the metric"
+
+
+def when(grid: Grid) -> str:
+    """Return which evaluations a final score is made of, in words."""
+    runs = (run for cell in grid.runs.values() for run in cell.values())
+    numbers = sorted({summarize(run).mean_of for run in runs})
+    if numbers == [1]:
+        return "after the last round"
+    many = " to ".join(str(number) for number in sorted({numbers[0], numbers[-1]}))
+    return f"as the mean of the last {many} evaluations"
 
 
 def sentence(grid: Grid, pairs: Sequence[Pair]) -> str:

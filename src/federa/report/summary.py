@@ -16,7 +16,8 @@ class Summary:
     """Key figures; None where nothing says.
 
     Attributes:
-        final: the last value of the primary metric.
+        final: the primary metric at the end: the mean of its last values, see `mean_of`.
+        mean_of: so many last evaluations are in `final`.
         best: its best value.
         best_round: the round of the best value.
         worst: the metric of the worst client.
@@ -28,6 +29,7 @@ class Summary:
     """
 
     final: float | None
+    mean_of: int
     best: float | None
     best_round: float | None
     worst: float | None
@@ -44,6 +46,8 @@ def summarize(run: RunRecord) -> Summary:
     at = np.flatnonzero(np.isfinite(measured))
     final, best = number(run.result.get("final")), number(run.result.get("best"))
     best_round = number(run.result.get("best_round"))
+    stated = run.setting("final_mean_of")
+    mean_of = stated if final is not None and isinstance(stated, int) else 1
     if final is None and at.size:
         final = float(measured[at[-1]])
     if best is None and at.size:
@@ -54,6 +58,7 @@ def summarize(run: RunRecord) -> Summary:
     target = run.result.get("target")
     return Summary(
         final=final,
+        mean_of=mean_of,
         best=best,
         best_round=best_round,
         worst=number(per_client(run).get("worst")),

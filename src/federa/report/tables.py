@@ -75,7 +75,11 @@ def tiles(run: RunRecord) -> list[Tile]:
     start = number(sum(parts.values())) if isinstance(parts, dict) else None
     reached = f"{time_words(target.get('seconds'))} · {size_words(target.get('bytes'))}"
     found = [
-        Tile(f"Final {name}", score(told.final)),
+        Tile(
+            f"Final {name}",
+            score(told.final),
+            f"mean of the last {told.mean_of} evaluations" if told.mean_of > 1 else "",
+        ),
         Tile(f"Best {name}", score(told.best), at),
         Tile("Worst client", score(told.worst), spread),
         Tile("Trained parameters", rough(told.trained), _share(run, told.trained)),
