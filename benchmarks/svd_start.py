@@ -120,7 +120,7 @@ def main() -> None:
     for way, times in seconds.items():
         print(f"{way:12}{statistics.median(times):8.2f} s ({min(times):.2f} to {max(times):.2f})")
     bound = randomized_error((width, width), options.rank)
-    print(f"bound of the randomised error, {width} x {width}: {bound:.3f} times the best possible")
+    print(f"bound of the randomised error in expectation, {width} x {width}: {bound:.3f} times the best")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """`federa bench`: figures of the right kind, the fastest chosen, and the recipe changed only on request."""
 
 import re
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from federa import bench as module
 from federa.bench import Bench, Timing, bench, lines, possible_changes
 from federa.config import parse_config
 from federa.types import FederaError
-from running import build, configure, federa
+from running import build, configure, federa, jobs_of
 from small import sentences, small_recipe, write_csv
 
 ENGINE_KEYS = {
@@ -30,7 +31,7 @@ def recipe_file(recipe, tmp_path):
 
 def measured(engine, best="serial"):
     """What a bench found of a recipe with an engine: bf16 and the one called best are the fastest."""
-    result = Bench(2, "fused", engine, step_flops=1e9, step_seconds=0.1)
+    result = Bench(2, "cpu", "fused", engine, step_flops=1e9, step_seconds=0.1)
     for precision, rate in (("fp32", 1.0), ("bf16", 2.0)):
         result.peaks.append(Timing(precision, {}, (1e10 * rate,)))
         result.precisions.append(Timing(precision, {"client.precision": precision}, (rate,)))
@@ -39,7 +40,7 @@ def measured(engine, best="serial"):
 
 
 def test_the_share_is_that_of_the_product_in_the_same_turn():
-    result = Bench(2, "fused", "serial", step_flops=1e9, step_seconds=0.5)
+    result = Bench(2, "cpu", "fused", "serial", step_flops=1e9, step_seconds=0.5)
     result.peaks = [Timing("bf16", {}, (4e9, 8e9, 4e9))]
     result.precisions = [Timing("bf16", {}, (10.0, 20.0, 20.0))]  # half a second is of the median: 10 a step
     assert result.shares("bf16") == [0.25, 0.25, 0.5]
@@ -74,6 +75,43 @@ def test_everything_is_measured_and_written_on_request(recipe_file, capsys):
     ):
         assert re.search(rf"^{title} {chosen}.*<- fastest$", out, re.MULTILINE)
     parse_config(changed)  # and it is still a recipe
+
+
+def test_the_fastest_batch_size_is_written_where_that_is_asked_for(tmp_path, monkeypatch, capsys):
+    def found(config, *_):
+        result = measured(config.engine.name)
+        sizes = zip((8, 16, 32), (1.0, 3.0, 2.0), strict=True)
+        result.batches = [Timing(str(n), {"client.batch_size": n}, (rate,)) for n, rate in sizes]
+        return result
+
+    monkeypatch.setattr(module, "bench", found)
+    path = tmp_path / "recipe.yaml"
+    path.write_text("client: {batch_size: 64}\n")
+    assert federa("bench", path, "--write") == 0
+    assert yaml.safe_load(path.read_text())["client"]["batch_size"] == 64
+    assert "so it stays (--batch)" in capsys.readouterr().out
+    assert federa("bench", path, "--write", "--batch") == 0
+    assert yaml.safe_load(path.read_text())["client"]["batch_size"] == 16
+    assert federa("bench", path, "--batch") == 2
+    assert "needs --write" in capsys.readouterr().err
+
+
+def test_engines_are_timed_on_clients_of_a_round(recipe, monkeypatch):
+    """Of all their sizes, for that is what `stacked` gains or loses by."""
+    given = []
+    opened = module.Stacked.open
+
+    @contextmanager
+    def watched(self, experiment):
+        with opened(self, experiment) as session:
+            train = session.train
+            session.train = lambda params, jobs: given.append(jobs) or train(params, jobs)
+            yield session
+
+    monkeypatch.setattr(module.Stacked, "open", watched)
+    bench(configure(recipe, cohort=5), lambda what: None, repeats=1)
+    experiment = build(recipe, cohort=5)
+    assert [job.client_id for job in given[0]] == [job.client_id for job in jobs_of(experiment)]
 
 
 @pytest.mark.parametrize("best", ENGINE_KEYS)
@@ -180,7 +218,7 @@ def own(name):
 
 
 def test_the_fastest_by_median_is_chosen():
-    result = Bench(2, "fused", "serial")
+    result = Bench(2, "cpu", "fused", "serial")
     result.precisions = [
         Timing("fp32", {"client.precision": "fp32"}, (1, 9, 2)),
         Timing("bf16", {"client.precision": "bf16"}, (3, 3, 3)),

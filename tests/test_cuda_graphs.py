@@ -115,11 +115,13 @@ def test_no_shape_is_recorded_beyond_the_most(device):
     assert len(owner.graphs) == MOST
 
 
-def test_where_there_is_no_room_a_step_comes_as_it_is_and_is_not_asked_again(device):
+def test_where_there_is_no_room_a_step_comes_as_it_is_and_is_not_asked_again(device, caplog):
     owner = Owner(device, needs=30 * GB)
     for _ in range(5):
         owner.take(4)
     assert (owner.taken, len(owner.graphs), device.emptied) == (5, 0, 1)
+    owner.take(6), owner.take(6)
+    assert caplog.text.count("no room to record every step") == 1
     owner.needs = GB
     for _ in range(3):
         owner.take(5)

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
@@ -23,10 +23,12 @@ from federa.engines.base import keep_freed_memory
 from federa.experiment import Experiment, build_experiment, resolve
 from federa.machine import available_cores
 from federa.models import pick_device
+from federa.server import make_jobs
 from federa.types import FederaError, Job, RoundFailedError
 
 STEPS = 3  # of a timed client: enough to outlast its start, few enough to wait for
-GEMM_SIDE = 2048
+GEMM_SIDE = {"cpu": 2048, "cuda": 8192}  # large enough for the launch of a product not to count
+COHORT = 16  # so many clients of a round at most are timed: `stacked` gains by their number and their sizes
 PRECISIONS = ("fp32", "bf16")
 BATCH_SIZES = (8, 16, 32, 64)
 Say = Callable[[str], None]
@@ -69,6 +71,7 @@ class Bench:
 
     Attributes:
         cores: that this process may use.
+        device: that was measured.
         kernels: `fused`, or why the compiled kernels are not in use.
         engine: the name of the recipe's own.
         peaks: of matrix products, by precision, on one thread, in turns with the local steps.
@@ -81,6 +84,7 @@ class Bench:
     """
 
     cores: int
+    device: str
     kernels: str
     engine: str
     peaks: list[Timing] = field(default_factory=list)
@@ -101,25 +105,29 @@ class Bench:
         pairs = zip(product.rates, step.rates, strict=True)
         return [self.step_flops * step / examples / product for product, step in pairs]
 
-    def best(self) -> dict[str, Any]:
-        """Return the dotted keys of the fastest precision and engine.
+    def best(self, *, batch: bool = False) -> dict[str, Any]:
+        """Return the dotted keys of the fastest precision and engine, and perhaps of the fastest batch size.
 
         Nothing is faster than an engine that was not measured, a cluster say: then it stays.
         """
         measured = any(timing.changes["engine.name"] == self.engine for timing in self.engines)
         found: dict[str, Any] = {}
-        for timings in (self.precisions, self.engines if measured else []):
+        for timings in (self.precisions, self.engines if measured else [], self.batches if batch else []):
             if timings:
                 found.update(max(timings, key=lambda timing: timing.rate).changes)
         return found
 
 
-def possible_changes(config: RunConfig) -> list[dict[str, Any]]:
-    """Return all that `Bench.best` can come to for a recipe: whoever writes it can try that before."""
+def possible_changes(config: RunConfig, *, batch: bool = False) -> list[dict[str, Any]]:
+    """Return all that `Bench.best` can come to for a recipe: whoever writes it can try that before.
+
+    Of batch sizes one stands for all.
+    """
     engines = [_keys(engine) for engine in _candidates(config, available_cores())]
     if config.engine.name not in {keys["engine.name"] for keys in engines}:
         engines = [{}]
-    return [{"client.precision": precision, **keys} for precision in PRECISIONS for keys in engines]
+    more = {"client.batch_size": BATCH_SIZES[0]} if batch else {}
+    return [{"client.precision": precision, **keys, **more} for precision in PRECISIONS for keys in engines]
 
 
 def disturbance() -> str | None:
@@ -146,7 +154,7 @@ def bench(config: RunConfig, say: Say, repeats: int = 5) -> Bench:
     config = resolve(config)
     on_cpu = config.device == "cpu"
     kernels = native.status() if on_cpu else "not used on this device"
-    out = Bench(available_cores(), kernels, config.engine.name)
+    out = Bench(available_cores(), config.device, kernels, config.engine.name)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -182,14 +190,15 @@ def bench(config: RunConfig, say: Say, repeats: int = 5) -> Bench:
 
 def _products(device: torch.device) -> list[Rival]:
     """Return a product of matrices in each precision, to be timed."""
+    side = GEMM_SIDE.get(device.type, GEMM_SIDE["cuda"])
 
     def product(dtype: torch.dtype) -> Callable[[], float]:
-        a, b = (torch.randn(GEMM_SIDE, GEMM_SIDE, device=device).to(dtype) for _ in range(2))
+        a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
 
         def run() -> float:
             began = time.perf_counter()
             (a @ b)[0, 0].item()
-            return 2.0 * GEMM_SIDE**3 / (time.perf_counter() - began)
+            return 2.0 * side**3 / (time.perf_counter() - began)
 
         return run
 
@@ -292,14 +301,9 @@ def _keys(engine: Engine) -> dict[str, Any]:
 def _engines(experiment: Experiment, repeats: int) -> tuple[list[Timing], dict[str, str]]:
     """Return how fast the engines are, and why others were left out."""
     config, cores = experiment.config, available_cores()
-    sizes = np.array([len(part) for part in experiment.parts])
-    # A few clients a core tell; side by side on an accelerator, only a whole cohort does.
-    number = 2 * cores if config.device == "cpu" else config.cohort
-    job = _job(config)
-    jobs = [
-        replace(job, client_id=int(client), seed=int(client))
-        for client in np.argsort(-sizes, kind="stable")[:number]
-    ]
+    # Side by side on an accelerator only a whole cohort tells.
+    number = min(config.cohort, COHORT) if config.device == "cpu" else config.cohort
+    jobs = make_jobs(config.replace(cohort=number), 1, [len(part) for part in experiment.parts])
 
     def trains(session: Session) -> Callable[[], float]:
         def run() -> float:
@@ -332,14 +336,15 @@ def _engines(experiment: Experiment, repeats: int) -> tuple[list[Timing], dict[s
 
 def lines(result: Bench, config: RunConfig) -> Iterator[tuple[str, str]]:
     """Yield what was measured as (what, figure) pairs."""
+    where = ", one thread" if result.device == "cpu" else ""
     yield "cores", str(result.cores)
     yield "CPU kernels", result.kernels
     for timing in result.peaks:
-        yield f"matrix product {timing.name}, one thread", f"{_spread(timing, 1e9)} GFLOP/s"
+        yield f"matrix product {timing.name}{where}", f"{_spread(timing, 1e9)} GFLOP/s"
     precision = str(result.best()["client.precision"])
     shares = result.shares(precision)
     yield (
-        f"local step of {config.client.batch_size}, {precision}, one thread",
+        f"local step of {config.client.batch_size}, {precision}{where}",
         f"{1e3 * result.step_seconds:.0f} ms for {result.step_flops / 1e9:.1f} GFLOP:"
         f" {median(shares):.0%} ({min(shares):.0%}-{max(shares):.0%}) of that product's pace",
     )

@@ -42,8 +42,8 @@ class ClientConfig(BaseModel):
         checkpointing: keep each layer's input alone for the backward pass, which computes the rest again
             (Chen et al. 2016, arXiv 1604.06174): less memory, about a third more work, the same result.
         reuse_frozen: compute what the layers below the lowest trained one make of a text once, and keep it
-            (a quarter of the free memory at most). Needs `dropout` 0. Off by default: a text that was
-            computed in another batch, padded in another way, may differ in its last bits.
+            (a worker's take a quarter of the free memory at most). Needs `dropout` 0. Off by default: a text
+            that was computed in another batch, padded in another way, may differ in its last bits.
         cuda_graphs: on a GPU, record the steps of a shape that is met again, and issue each as one operation:
             the same results with less of the host's time, for up to twice the memory where there is so much.
             Not with the three fields above, nor for DeBERTa.
@@ -260,9 +260,10 @@ def measured_precision(device: torch.device) -> Literal["fp32", "bf16"]:
     bfloat16 must win by half: with a narrow lead its rounding buys nothing. The choice is written into the
     resolved recipe, so a resumed run keeps it.
     """
+    rows = 2048 if device.type == "cpu" else 65536  # on an accelerator the product, and not its launch
 
     def seconds(dtype: torch.dtype) -> float:
-        a, b = (torch.randn(shape, device=device).to(dtype) for shape in ((2048, 768), (768, 768)))
+        a, b = (torch.randn(shape, device=device).to(dtype) for shape in ((rows, 768), (768, 768)))
         times = []
         for _ in range(7):
             began = time.perf_counter()

@@ -22,7 +22,7 @@ from federa.models import free_memory
 from federa.seeds import torch_seeded
 from federa.types import FederaError, IntArray
 
-SHARE = 0.25  # of the memory that would be free without them, for what is kept
+SHARE = 0.25  # of the memory that would be free without them, for what a process keeps
 KEY = "client.reuse_frozen"
 _LENGTHS = (9, 5)  # of made-up texts
 _TOLERANCE = 1e-5  # relative, of float32

@@ -143,6 +143,10 @@ def bench(
     write: Annotated[
         bool, typer.Option("--write", help="Set the fastest precision and engine in RECIPE.yaml.")
     ] = False,
+    batch: Annotated[
+        bool,
+        typer.Option("--batch", help="With --write: the fastest batch size, too; it trains differently."),
+    ] = False,
 ) -> None:
     """Measure this machine on a recipe: its peak, a local step, and the fastest precision and engine."""
     from federa import progress
@@ -155,9 +159,11 @@ def bench(
     recipe, overrides = split_words(arguments or [])
     if write and recipe is None:
         raise FederaError("--write: say which recipe to write into: federa bench RECIPE.yaml --write")
+    if batch and not write:
+        raise FederaError("--batch: sets the fastest batch size in a recipe, so it needs --write")
     config = load_config(recipe, overrides)
     if recipe is not None and write:  # not after minutes of measuring
-        possible = possible_changes(config)
+        possible = possible_changes(config, batch=batch)
         try:
             for changes in possible:
                 edit_recipe(recipe.read_text(encoding="utf-8"), changes, recipe.parent)
@@ -177,9 +183,10 @@ def bench(
         words = " ".join(f"{key}={value}" for key, value in result.best().items())
         console.print(f"fastest: {words}", highlight=False)
         return
-    changed = edit_recipe(recipe.read_text(encoding="utf-8"), result.best(), recipe.parent)
+    changed = edit_recipe(recipe.read_text(encoding="utf-8"), result.best(batch=batch), recipe.parent)
     write_atomically(recipe, changed.encode())
-    console.print(f"written into {recipe}; another batch size would train differently, so it stays")
+    stays = "" if batch else "; another batch size would train differently, so it stays (--batch)"
+    console.print(f"written into {recipe}{stays}", highlight=False)
 
 
 @app.command()
