@@ -59,7 +59,8 @@ def task_rows(task: str, count: int, seed: int) -> list[dict[str, Any]]:
         if task == "classification":
             out.append({"text": text, "label": kind})
         elif task == "ner":
-            out.append({"tokens": words, "tags": [f"B-{KIND[w]}" if w in KIND else "O" for w in words]})
+            tags = [f"B-{KIND[w]}" if w in KIND else "O" for w in words]
+            out.append({"tokens": words, "tags": tags, "domain": kind})
         else:
             answer = {"text": [words[at]], "answer_start": [len(" ".join([*words[:at], ""]))]}
             out.append({"question": f"what {kind}", "context": text, "answers": answer, "title": kind})

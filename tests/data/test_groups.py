@@ -12,7 +12,7 @@ from federa.experiment import build_experiment, group_examples
 from federa.models import ModelConfig, load_pretrained
 from federa.types import FederaError
 from running import build
-from small import sentences
+from small import TASKS, sentences, write_task
 
 # By name
 
@@ -251,3 +251,51 @@ def test_windows_of_an_example_stay_with_one_client(recipe, tmp_path):
     held = [set(train.example[part]) for part in experiment.parts]
     assert sum(map(len, held)) == 60, "no example is part of two clients"
     assert experiment.counts.sum(axis=1).tolist() == [len(one) for one in held]
+
+
+# Whatever the task
+
+
+@pytest.mark.parametrize(
+    "partition",
+    [
+        {"name": "iid", "clients": 3},
+        {"name": "dirichlet", "clients": 3, "alpha": 0.5},
+        {"name": "fednlp", "clients": 3, "alpha": 1.0},
+        {"name": "quantity", "clients": 3},
+        {"name": "pathological", "clients": 3, "classes_per_client": 2},
+        {"name": "natural"},
+    ],
+    ids=lambda partition: partition["name"],
+)
+@pytest.mark.parametrize(("task", "column"), [("ner", "domain"), ("qa", "title")])
+def test_every_partitioner_takes_what_a_task_without_labels_offers(
+    task, column, partition, encoder, tmp_path
+):
+    """Entity types of a sentence, articles of questions; and a column is a client where that is asked for."""
+    folder = write_task(tmp_path / "data", task)
+    table = datasets.Dataset.from_parquet(str(folder / "train.parquet"))
+    natural = partition["name"] == "natural"
+    experiment = build_experiment(
+        parse_config(
+            {
+                "cohort": 1,
+                "model": {"name": str(encoder("bert"))},
+                "data": {"train": str(folder)},
+                "task": TASKS[task],
+                "partition": partition | ({"column": column} if natural else {}),
+            }
+        )
+    )
+    example = experiment.train.example
+    held = [{int(example[row]) for row in part} for part in experiment.parts]
+    assert sorted(row for part in experiment.parts for row in part) == list(range(len(example)))
+    assert sorted(one for part in held for one in part) == list(range(24)), "whole, whatever its windows"
+    if natural:
+        values = [{table[one][column] for one in part} for part in held]
+        assert [len(own) for own in values] == [1] * len(set(table[column]))
+        assert set().union(*values) == set(table[column])
+        return
+    assert len(held) == 3
+    if partition["name"] == "pathological":
+        assert all(len({int(experiment.groups.train[one]) for one in part}) <= 2 for part in held)
