@@ -325,6 +325,11 @@ def test_a_best_rate_at_the_edge_of_those_tried_is_said(recipe, tmp_path):
     )
     compare_methods(made, tmp_path / "out", said.append)
     assert any("at the edge" in line and "0.01" in line for line in said)
+    told = "LoRA: the rate is at the edge of those tried in data0, dirichlet 0.5, bert (0.01)."
+    assert told in (tmp_path / "out" / "report.html").read_text()
+    again = []
+    compare_methods(made, tmp_path / "out", again.append)
+    assert told in (tmp_path / "out" / "report.html").read_text(), "though it is not chosen anew"
 
 
 def test_two_at_a_time_give_what_one_at_a_time_gives(done, recipe, tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from federa.compare.tables import (
     setting_lines,
     write_csv,
 )
-from federa.compare.tuning import tuned_rates
+from federa.compare.tuning import at_the_edge, tuned_rates
 from federa.config import RunConfig, parse_config, read_yaml
 from federa.errors import DoesNotFitError, FederaError
 from federa.experiment import resolve
@@ -35,6 +35,7 @@ from federa.plan import make_plan
 from federa.progress import readable_seconds
 from federa.report import GridCell, Pair, Reached, write_grid_report
 from federa.report.cells import method_name
+from federa.report.words import capital
 from federa.state import write_atomically
 from federa.statistics import cost_to, mean_cost, paired
 
@@ -302,7 +303,20 @@ def _write(comparison: Comparison, folder: Path, cells: Sequence[Cell], outcome:
         for cell, row in zip(cells, outcome.rows, strict=True)
     ]
     if any(cell.folder is not None for cell in made):
-        write_grid_report("federa compare", made, outcome.pairs, outcome.reached, folder / "report.html")
+        notes = list(_edges(comparison, cells))
+        to = folder / "report.html"
+        write_grid_report("federa compare", made, outcome.pairs, outcome.reached, to, notes=notes)
+
+
+def _edges(comparison: Comparison, cells: Sequence[Cell]) -> Iterator[str]:
+    """Yield, for each method, where a rate beyond those that were tried may be better."""
+    for method in comparison.grid.methods:
+        tried = comparison.grid.lrs.get(method, ())
+        own = (cell for cell in cells if cell.method == method and at_the_edge(cell.config.client.lr, tried))
+        where = dict.fromkeys(f"{cell.setting} ({cell.config.client.lr:g})" for cell in own)
+        if where:
+            name = capital(method_name(method))
+            yield f"{name}: the rate is at the edge of those tried in {'; '.join(where)}."
 
 
 def terminal_tables(title: str, lines: Lines, width: int) -> list[Table]:

@@ -51,7 +51,7 @@ def tuned_rates(comparison: Comparison, runner: Runner, say: Say) -> dict[tuple[
     found: dict[tuple[str, str], float | None] = {}
     for (name, method), rates in ranked.items():
         grid = comparison.grid.lrs.get(method, ())
-        if len(grid) > 2 and rates and plans[name, method] and rates[0] in (min(grid), max(grid)):
+        if rates and plans[name, method] and at_the_edge(rates[0], grid):
             say(f"{name}: {method}: the best rate, {rates[0]:g}, is at the edge of those tried")
         if rates or not grid:
             found[name, method] = rates[0] if rates else None
@@ -59,6 +59,11 @@ def tuned_rates(comparison: Comparison, runner: Runner, say: Say) -> dict[tuple[
             say(f"{name}: {method} failed at every learning rate; try smaller ones (grid.lrs)")
     kept.write({key: lr for key, lr in found.items() if plans[key] and lr is not None})
     return found
+
+
+def at_the_edge(lr: float | None, tried: Sequence[float]) -> bool:
+    """Return whether a rate is the least or the largest of three or more: a better one may lie beyond."""
+    return len(tried) > 2 and lr in (min(tried), max(tried))
 
 
 class _Chosen:

@@ -25,7 +25,13 @@ __all__ = ["ALL_SETTINGS", "GridCell", "Pair", "Reached", "write_grid_report"]
 
 
 def write_grid_report(
-    title: str, cells: Sequence[GridCell], pairs: Sequence[Pair], reached: Sequence[Reached], to: Path
+    title: str,
+    cells: Sequence[GridCell],
+    pairs: Sequence[Pair],
+    reached: Sequence[Reached],
+    to: Path,
+    *,
+    notes: Sequence[str] = (),
 ) -> Path:
     """Write one self-contained page about a grid of runs.
 
@@ -37,6 +43,7 @@ def write_grid_report(
         pairs: paired differences of the first method to each other one, by setting and for `all settings`.
         reached: what methods took to reach targets.
         to: the page's path.
+        notes: what else a reader must know before trusting the figures.
 
     Returns:
         The page's path.
@@ -46,19 +53,21 @@ def write_grid_report(
     """
     grid = read_grid(cells, pairs, reached)
     write_atomically(
-        to, render("grid.html.j2", ["page.css", "grid.css"], _context(title, grid, pairs, reached))
+        to, render("grid.html.j2", ["page.css", "grid.css"], _context(title, grid, pairs, reached, notes))
     )
     return to
 
 
-def _context(title: str, grid: Grid, pairs: Sequence[Pair], reached: Sequence[Reached]) -> dict[str, Any]:
+def _context(
+    title: str, grid: Grid, pairs: Sequence[Pair], reached: Sequence[Reached], notes: Sequence[str]
+) -> dict[str, Any]:
     """Return what the template fills in."""
     groups = by_setting(grid, pairs)
     drifts = [(setting, found) for setting in grid.settings if (found := drift(grid, setting)) is not None]
     return {
         "title": title,
         "sentence": sentence(grid, pairs),
-        "warnings": missing(grid),
+        "warnings": [*missing(grid), *notes],
         "metric": metric(grid),
         "when": when(grid),
         "first": method_name(grid.methods[0]),
