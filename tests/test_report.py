@@ -301,8 +301,12 @@ def test_an_unfinished_run_takes_its_figures_from_its_rounds(tmp_path: Path) -> 
 
 
 def test_a_final_score_says_of_how_many_evaluations_it_is_the_mean(tmp_path: Path) -> None:
-    for finished, note in ((True, "mean of the last 3 evaluations"), (False, "")):
-        folder = make_run(tmp_path / str(finished), rounds=4, finished=finished, final_mean_of=3)
+    for finished, rounds, note in (
+        (True, 4, "mean of the last 3 evaluations"),
+        (True, 2, "mean of the last 2 evaluations"),
+        (False, 4, ""),
+    ):
+        folder = make_run(tmp_path / f"{finished}-{rounds}", rounds, finished=finished, final_mean_of=3)
         assert next(t.note for t in tiles(load_run(folder)) if t.label.startswith("Final")) == note
 
 

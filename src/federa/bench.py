@@ -28,7 +28,7 @@ from federa.types import FederaError, Job, RoundFailedError
 
 STEPS = 3  # of a timed client: enough to outlast its start, few enough to wait for
 GEMM_SIDE = {"cpu": 2048, "cuda": 8192}  # large enough for the launch of a product not to count
-COHORT = 16  # so many clients of a round at most are timed: `stacked` gains by their number and their sizes
+COHORT = 16  # clients of a round that are timed at least: `stacked` gains by their number and their sizes
 PRECISIONS = ("fp32", "bf16")
 BATCH_SIZES = (8, 16, 32, 64)
 Say = Callable[[str], None]
@@ -169,6 +169,7 @@ def bench(config: RunConfig, say: Say, repeats: int = 5) -> Bench:
         steps = [(p, {"client.precision": p}, _worker(e, _rows(e, config))) for p, e in experiments.items()]
         timings = _interleaved([*products, *steps], repeats)
         out.peaks, out.precisions = timings[: len(products)], timings[len(products) :]
+        del products  # and their memory: engines plan with what is free
         chosen = experiments[max(out.precisions, key=lambda timing: timing.rate).name]
         out.step_flops, examples = _step(chosen)
         out.step_seconds = examples / max(timing.rate for timing in out.precisions)
@@ -176,7 +177,7 @@ def bench(config: RunConfig, say: Say, repeats: int = 5) -> Bench:
         out.batches = _interleaved(
             [
                 (str(size), {"client.batch_size": size}, _worker(chosen, _rows(chosen, config, size), size))
-                for size in BATCH_SIZES
+                for size in sorted({*BATCH_SIZES, config.client.batch_size})
                 if size <= len(chosen.train)
             ],
             repeats,
@@ -302,7 +303,7 @@ def _engines(experiment: Experiment, repeats: int) -> tuple[list[Timing], dict[s
     """Return how fast the engines are, and why others were left out."""
     config, cores = experiment.config, available_cores()
     # Side by side on an accelerator only a whole cohort tells.
-    number = min(config.cohort, COHORT) if config.device == "cpu" else config.cohort
+    number = min(config.cohort, max(COHORT, 2 * cores)) if config.device == "cpu" else config.cohort
     jobs = make_jobs(config.replace(cohort=number), 1, [len(part) for part in experiment.parts])
 
     def trains(session: Session) -> Callable[[], float]:

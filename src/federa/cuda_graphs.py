@@ -84,9 +84,7 @@ class CudaGraphs:
             recording = self._record(batch) if self._fits(key) else None
             if recording is None:
                 if not self._refused:
-                    _log.warning(
-                        "client.cuda_graphs: no room to record every step; the others go on as they come"
-                    )
+                    _log.warning("client.cuda_graphs: no room to record every step; others are slower")
                 self._refused.add(key)
                 return self._step(batch)
             self._recordings[key] = recording

@@ -13,7 +13,7 @@ class KeptStates:
     """What clients keep for themselves (a local head), a folder a client and in it one small file a round.
 
     A job of round t reads the newest file from before t and writes that of t: a round that is run again after
-    a crash finds what it found the first time. Nothing that it does looks at the folders of other clients.
+    a crash finds what it found the first time. Neither looks at the folders of other clients.
 
     Args:
         folder: for all of it; None for one that is gone with this object.

@@ -82,5 +82,6 @@ def test_the_results_in_the_documentation_are_those_of_the_runs():
     assert rows_of(page, lambda name: name.endswith(kinds) or "Task 8" in name) == scores
     for name, words in {"mean": 1, "FeDeRA minus it": 1, "95 % interval": 3, "ahead in": 3}.items():
         told, true = (rows_of(lines, lambda first, name=name: first == name) for lines in (page, found))
+        assert len(told) == len(true) == 1
         shortened = [[cell.split()[:words] for cell in row] for row in (*told, *true)]
-        assert len(shortened) == 2 and shortened[0] == shortened[1], name
+        assert shortened[0] == shortened[1], name

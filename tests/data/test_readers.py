@@ -504,7 +504,7 @@ def test_half_a_character_in_json(tmp_path, form):
     objects = [squad()] if form == "squad" else mrqa()
     content = "".join(json.dumps(each) + "\n" for each in objects).replace("Which?", r"Which\ud83d?")
     refused(
-        r"x\.json, question 2 \('3'\): \\ud83d is half a character; write the text anew$",
+        r"x\.json, question 3 \('3'\): \\ud83d is half a character; write the text anew$",
         tmp_path,
         "x.json",
         content,

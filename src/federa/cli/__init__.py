@@ -183,10 +183,12 @@ def bench(
         words = " ".join(f"{key}={value}" for key, value in result.best().items())
         console.print(f"fastest: {words}", highlight=False)
         return
-    changed = edit_recipe(recipe.read_text(encoding="utf-8"), result.best(batch=batch), recipe.parent)
-    write_atomically(recipe, changed.encode())
-    stays = "" if batch else "; another batch size would train differently, so it stays (--batch)"
-    console.print(f"written into {recipe}{stays}", highlight=False)
+    best = result.best(batch=batch)
+    write_atomically(recipe, edit_recipe(recipe.read_text(encoding="utf-8"), best, recipe.parent).encode())
+    more = "; another batch size would train differently, so it stays" + ("" if batch else " (--batch)")
+    if "client.batch_size" in best:
+        more = f"; engines were timed with batches of {config.client.batch_size}"
+    console.print(f"written into {recipe}{more}", highlight=False)
 
 
 @app.command()

@@ -157,7 +157,7 @@ def _table(rows: list[dict[str, Any]], file: str) -> Any:
     try:
         return datasets.Dataset.from_list(rows)
     except UnicodeEncodeError as error:
-        for number, row in enumerate(rows):
+        for number, row in enumerate(rows, 1):
             try:
                 json.dumps(row, ensure_ascii=False).encode()
             except UnicodeEncodeError as half:

@@ -48,6 +48,7 @@ def summarize(run: RunRecord) -> Summary:
     best_round = number(run.result.get("best_round"))
     stated = run.setting("final_mean_of")
     mean_of = stated if final is not None and isinstance(stated, int) else 1
+    mean_of = max(1, min(mean_of, at.size))  # a target may end a run before there are so many
     if final is None and at.size:
         final = float(measured[at[-1]])
     if best is None and at.size:

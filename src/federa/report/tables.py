@@ -127,7 +127,9 @@ def repeats(runs: Sequence[RunRecord]) -> list[str]:
 def comparison(runs: Sequence[RunRecord], labels: Sequence[str]) -> Table:
     """Return one row a run; the best in each column of scores and costs is marked."""
     names = listing(list(dict.fromkeys(metric_words(run.metric) for run in runs)))
-    head = ["run", f"final {names}", "best", "worst client", "trained", "sent", "time", "rounds", "to target"]
+    last = sorted({summarize(run).mean_of for run in runs})
+    final = f"final {names}" + (f", mean of the last {last[-1]}" if last == last[-1:] != [1] else "")
+    head = ["run", final, "best", "worst client", "trained", "sent", "time", "rounds", "to target"]
     told = [summarize(run) for run in runs]
     rows = [
         [
