@@ -17,7 +17,7 @@ import transformers
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -316,3 +316,10 @@ def free_memory(device: torch.device) -> int:
     # What the allocator holds and nobody uses is free as well.
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(torch.cuda.mem_get_info(device)[0]) + int(unused)
+
+
+def outputs(model: Any, ids: Tensor, mask: Tensor) -> list[Tensor]:
+    """Return all tensors that a model says of `(batch, length)` tokens: of a span its start and its end."""
+    device = next(model.parameters()).device
+    out = model(input_ids=ids.to(device), attention_mask=mask.to(device))
+    return [tensor for tensor in out.to_tuple() if isinstance(tensor, Tensor)]

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from federa.data.batches import Encoded
+from federa.models import outputs
 from federa.types import IntArray
 
 
@@ -73,18 +74,12 @@ def table_that_shrinks(model: Any) -> str | None:
     model.eval()
     try:
         with torch.no_grad():
-            expected = _outputs(model, ids, mask)
+            expected = outputs(model, ids, mask)
             table.weight.data = whole[tokens.to(whole.device)]
-            same = all(map(torch.equal, _outputs(model, torch.searchsorted(tokens, ids), mask), expected))
+            same = all(map(torch.equal, outputs(model, torch.searchsorted(tokens, ids), mask), expected))
     except Exception:  # it reads more of the table, or is called in another way
         same = False
     finally:
         table.weight.data = whole
         model.train(training)
     return name if same else None
-
-
-def _outputs(model: Any, ids: Tensor, mask: Tensor) -> list[Tensor]:
-    device = next(model.parameters()).device
-    out = model(input_ids=ids.to(device), attention_mask=mask.to(device))
-    return [tensor for tensor in out.to_tuple() if isinstance(tensor, Tensor)]

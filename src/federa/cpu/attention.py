@@ -21,6 +21,7 @@ from federa.cpu.ends import FusedOutput
 from federa.cpu.frozen import FrozenLinear, Packed, entry, packed, sum_of_maps, sum_of_products
 from federa.cpu.fused import at
 from federa.cpu.plain import is_transforming
+from federa.models import outputs
 
 _log = logging.getLogger(__name__)
 PARTS = {"query", "key", "value", "dropout"}
@@ -238,5 +239,5 @@ def _said(model: Any) -> Tensor:
     ids = torch.randint(model.config.vocab_size, (2, 6), generator=draws)
     mask = torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
     with torch.no_grad():
-        said = model(input_ids=ids, attention_mask=mask).to_tuple()  # of a span its start and its end
-    return torch.cat([logits.float().flatten(1) for logits in said if isinstance(logits, Tensor)], 1)
+        said = outputs(model, ids, mask)  # of a span its start and its end
+    return torch.cat([logits.float().flatten(1) for logits in said], 1)
