@@ -127,10 +127,20 @@ def repeats(runs: Sequence[RunRecord]) -> list[str]:
 def comparison(runs: Sequence[RunRecord], labels: Sequence[str]) -> Table:
     """Return one row a run; the best in each column of scores and costs is marked."""
     names = listing(list(dict.fromkeys(metric_words(run.metric) for run in runs)))
-    last = sorted({summarize(run).mean_of for run in runs})
-    final = f"final {names}" + (f", mean of the last {last[-1]}" if last == last[-1:] != [1] else "")
-    head = ["run", final, "best", "worst client", "trained", "sent", "time", "rounds", "to target"]
     told = [summarize(run) for run in runs]
+    numbers = {one.mean_of for one in told}
+    of = f", mean of the last {max(numbers)}" if len(numbers) == 1 and numbers != {1} else ""
+    head = [
+        "run",
+        f"final {names}{of}",
+        "best",
+        "worst client",
+        "trained",
+        "sent",
+        "time",
+        "rounds",
+        "to target",
+    ]
     rows = [
         [
             label,
