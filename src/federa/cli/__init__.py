@@ -185,10 +185,11 @@ def bench(
         return
     best = result.best(batch=batch)
     write_atomically(recipe, edit_recipe(recipe.read_text(encoding="utf-8"), best, recipe.parent).encode())
-    more = "; another batch size would train differently, so it stays" + ("" if batch else " (--batch)")
     if "client.batch_size" in best:
-        more = f"; engines were timed with batches of {config.client.batch_size}"
-    console.print(f"written into {recipe}{more}", highlight=False)
+        more = f"engines were timed with batches of {config.client.batch_size}"
+    else:  # not asked for, or too few rows to time any
+        more = "another batch size would train differently, so it stays" + ("" if batch else " (--batch)")
+    console.print(f"written into {recipe}; {more}", highlight=False)
 
 
 @app.command()
