@@ -102,15 +102,18 @@ def classifier(folder: Path, head: str = "SequenceClassification") -> nn.Module:
     return model.eval()
 
 
+def texts() -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the tokens of four texts, two of them padded, and their mask."""
+    ids = torch.randint(5, 30, (4, 12), generator=torch.Generator().manual_seed(1))
+    return ids, (torch.arange(12) < torch.tensor([12, 8, 12, 4])[:, None]).long()
+
+
 @pytest.mark.parametrize("dtype", PRECISIONS, ids=["fp32", "bf16"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_sped_up_model_computes_what_the_original_does(
     family: str, dtype: torch.dtype, kernels: None, encoder: Callable[[str], Path]
 ) -> None:
-    ids = torch.randint(5, 30, (4, 12), generator=torch.Generator().manual_seed(1))
-    mask = torch.ones(4, 12, dtype=torch.long)
-    mask[1, 8:] = 0
-    mask[3, 4:] = 0
+    ids, mask = texts()
     truth, fast = classifier(encoder(family)).double(), classifier(encoder(family))
     speed_up(fast)
     assert (fast.config._attn_implementation == ATTENTION) == fast._supports_attention_backend
@@ -141,8 +144,7 @@ def test_attention_is_read_together_whatever_the_head(
     family: str, dtype: torch.dtype, kernels: None, encoder: Callable[[str], Path]
 ) -> None:
     """A head that says more than one thing, as one of spans does, is compared in all of them."""
-    ids = torch.randint(5, 30, (4, 12), generator=torch.Generator().manual_seed(1))
-    mask = (torch.arange(12) < torch.tensor([12, 8, 12, 4])[:, None]).long()
+    ids, mask = texts()
     for head in ("SequenceClassification", "TokenClassification", "QuestionAnswering"):
         fast, original = (classifier(encoder(family), head) for _ in range(2))
         speed_up(fast)
