@@ -106,6 +106,11 @@ def kept_files(run_folder: Path) -> dict[str, Path]:
     return {str(file.relative_to(folder)): file for file in sorted(folder.rglob("*.safetensors"))}
 
 
+def kept_bytes(run_folder: Path) -> dict[str, bytes]:
+    """Return what is in those files."""
+    return {name: file.read_bytes() for name, file in kept_files(run_folder).items()}
+
+
 def federa(*arguments: object) -> int:
     """Run the command line in this process, and return its exit status."""
     before, sys.argv = sys.argv, ["federa", *map(str, arguments)]

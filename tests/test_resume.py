@@ -18,7 +18,7 @@ from federa import run
 from federa.checkpoint import RunDirectory
 from federa.run import Observer
 from federa.types import FederaError
-from running import configure, die, federa, forked, kept_files, short_reports, steady, tree
+from running import configure, die, federa, forked, kept_bytes, short_reports, steady, tree
 
 FAST = {"cohort": 2, "client__max_steps": 2, "client__schedule": "cosine"}
 OWN_HEADS = {"method__head": "local", "cohort": 4, "client__max_steps": 2}
@@ -91,7 +91,7 @@ def outcome(folder):
         "labels.json",
     ]
     contents = {name: (folder / name).read_bytes() for name in files}
-    contents |= {name: file.read_bytes() for name, file in kept_files(folder).items()}
+    contents |= kept_bytes(folder)
     assert directory.report.is_file() and directory.read_json("environment.json")
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return contents, steady([json.loads(line) for line in lines]), result

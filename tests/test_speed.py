@@ -65,8 +65,8 @@ def kernels() -> None:
 
 
 # What was measured, on two cores with a load average of 6 to 21, and where the gain was taken away:
-# kernels 1.53 to 1.91, without the fused ones 1.00; fp32 1.98 to 2.15, as it comes 1.00; packed 1.37 to 1.45, and 1.00 where `packed` gives None;
-# the first token 1.48 to 1.72, and 1.04; a second worker 1.64 to 1.80, and 0.85 where one works at a time.
+# kernels 1.53 to 1.91, without the fused ones 1.00; fp32 1.98 to 2.15, as it comes 1.00; packed 1.37 to 1.45, and
+# 1.00 where `packed` gives None; the first token 1.48 to 1.72, and 1.04; a second worker 1.64 to 1.80, and 0.85 where one works at a time.
 
 
 @needs_tiles

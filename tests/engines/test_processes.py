@@ -25,7 +25,7 @@ from running import (
     die,
     forked,
     jobs_of,
-    kept_files,
+    kept_bytes,
     play_on,
     same,
     steady,
@@ -77,10 +77,7 @@ def test_heads_that_clients_keep_are_the_same(recipe, tmp_path):
     assert same(one.state.params, other.state.params)
     assert steady(one.records) == steady(other.records)
     assert one.summary["per_client"] == other.summary["per_client"]
-    kept = [
-        {name: file.read_bytes() for name, file in kept_files(tmp_path / engine).items()}
-        for engine in ("serial", "processes")
-    ]
+    kept = [kept_bytes(tmp_path / engine) for engine in ("serial", "processes")]
     assert kept[0] == kept[1] and kept[0]
 
 

@@ -23,7 +23,7 @@ from running import (
     check_equal,
     configure,
     jobs_of,
-    kept_files,
+    kept_bytes,
     play,
     play_on,
     same,
@@ -164,10 +164,7 @@ def test_a_whole_run_with_heads_that_clients_keep(recipe, tmp_path, monkeypatch)
     assert same(one.state.params, other.state.params)
     assert steady(one.records) == steady(other.records)
     assert one.summary["per_client"] == other.summary["per_client"]
-    kept = [
-        {name: file.read_bytes() for name, file in kept_files(tmp_path / engine).items()}
-        for engine in ("serial", "ray")
-    ]
+    kept = [kept_bytes(tmp_path / engine) for engine in ("serial", "ray")]
     assert kept[0] == kept[1] and kept[0]
     assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
     assert until(lambda: rays() <= before), "a process of Ray was left behind"
