@@ -22,6 +22,9 @@ from measure import run_measured
 from provenance import code_of, commit, machine, mixed_code
 from report import WARM_UP, counts, derive, equal, markdown, ratios
 
+FINAL = "final.safetensors"
+OWN_DROPOUT = None  # the model's own rates
+
 
 class Comparison:
     """A comparison and its folder."""
@@ -46,7 +49,7 @@ class Comparison:
         self.workload = {
             key: getattr(options, key)
             for key in ("clients", "cohort", "examples", "tokens", "batch", "model")
-        } | {"rounds": max(options.rounds, options.equality_rounds)}
+        } | {"rounds": max(options.rounds, options.equality_rounds, options.quality_rounds)}
 
     def install(self) -> None:
         """Make the environments; a framework that cannot be installed is left out, and the table says why."""
@@ -76,9 +79,9 @@ class Comparison:
 
     def equality(self, contender: Contender) -> dict[str, Any]:
         """Return how far a contender's final tensors are from the reference's, without dropout."""
-        file = self.out / "equality" / f"{contender.name}.json"
+        file, rounds = self.out / "equality" / f"{contender.name}.json", self.options.equality_rounds
         code = code_of(contender) + code_of(CONTENDERS[REFERENCE])
-        key = {"code": code, "rounds": self.options.equality_rounds}
+        key = {"code": code, "rounds": rounds}
         if (
             file.is_file()
             and (held := json.loads(file.read_text()))
@@ -88,10 +91,10 @@ class Comparison:
             return held
         print(f"equality: {contender.name}", flush=True)
         folder = file.with_suffix("")
-        record: dict[str, Any] = {"key": key, "command": self._command(contender, folder, equality=True)}
+        record: dict[str, Any] = {"key": key, "command": self._command(contender, folder, rounds, 0.0)}
         try:
-            self._run(contender, folder, equality=True)
-            record |= self._distance(folder / "final.safetensors")
+            self._run(contender, folder, rounds, 0.0)
+            record |= self._distance(folder / FINAL)
         except RuntimeError as error:
             record["error"] = str(error)
             print(f"  {error}", flush=True)
@@ -107,16 +110,35 @@ class Comparison:
         folder = file.with_suffix("")
         load, when = os.getloadavg()[0], time.strftime("%Y-%m-%dT%H:%M:%S%z")
         try:
-            measurement, marks = self._run(contender, folder, equality=False)
+            measurement, marks = self._run(contender, folder, self.options.rounds, OWN_DROPOUT)
         except RuntimeError as error:
             self.problems.append(f"repeat {repeat} of {contender.name}: {error}")
             print(f": {error}", flush=True)
             return
         figures = derive(measurement, marks, contender.workers, self.workload["cohort"])
         print(f": {figures['clients_per_second']:.2f} clients/s", flush=True)
-        command = self._command(contender, folder, equality=False)
+        command = self._command(contender, folder, self.options.rounds, OWN_DROPOUT)
         about = {"repeat": repeat, "when": when, "load_before": load, "code": code_of(contender)}
         write_json(file, figures | about | {"rounds": self.options.rounds, "command": command})
+
+    def quality(self, contender: Contender) -> None:
+        """Note how a contender's final tensors do on texts that nobody has trained on, unless it is known."""
+        file, rounds = self.out / "quality" / f"{contender.name}.json", self.options.quality_rounds
+        key = {"code": code_of(contender), "rounds": rounds}
+        if file.is_file() and json.loads(file.read_text())["key"] == key:
+            return
+        print(f"quality: {contender.name}", end="", flush=True)
+        folder = file.with_suffix("")
+        try:
+            self._run(contender, folder, rounds, OWN_DROPOUT)
+            scores = self._helper("quality.py", self.out / "plan", folder / FINAL)
+        except RuntimeError as error:
+            self.problems.append(f"quality of {contender.name}: {error}")
+            print(f": {error}", flush=True)
+            return
+        print(f": {scores['accuracy']:.3f}", flush=True)
+        command = self._command(contender, folder, rounds, OWN_DROPOUT)
+        write_json(file, {"key": key, "command": command, **scores})
 
     def results(self) -> dict[str, Any]:
         """Return all that is known so far, as `results.json` has it."""
@@ -134,8 +156,15 @@ class Comparison:
             ]
             runs = [run for run in runs if run["rounds"] == self.options.rounds]
             unavailable = self.unavailable.get(contender.framework)
+            judged = self.out / "quality" / f"{contender.name}.json"
+            quality = json.loads(judged.read_text()) if judged.is_file() else None
             about = {k: v for k, v in asdict(contender).items() if k not in ("by_default", "suffix")}
-            rows[contender.name] = about | {"unavailable": unavailable, "equality": equality, "runs": runs}
+            rows[contender.name] = about | {
+                "unavailable": unavailable,
+                "equality": equality,
+                "quality": quality,
+                "runs": runs,
+            }
         runs_of = {name: row["runs"] for name, row in rows.items()}
         return {
             "workload": json.loads((self.out / "plan" / "plan.json").read_text())["workload"],
@@ -149,28 +178,27 @@ class Comparison:
             "warnings": [*self.problems, *mixed_code(self.contenders, runs_of)],
         }
 
-    def _distance(self, final: Path) -> dict[str, Any]:
+    def _distance(self, final: Path) -> Any:
         """Return what `agree.py` says, or raise RuntimeError."""
-        reference = self.out / "equality" / REFERENCE / "final.safetensors"
-        initial = self.out / "plan" / "init.safetensors"
-        command = [
-            str(self.pythons["federa"]),
-            str(HERE / "agree.py"),
-            *map(str, (initial, reference, final)),
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        reference = self.out / "equality" / REFERENCE / FINAL
+        return self._helper("agree.py", self.out / "plan" / "init.safetensors", reference, final)
+
+    def _helper(self, script: str, *files: Path) -> Any:
+        """Return what a script says of files, in the reference's environment, or raise RuntimeError."""
+        command = [str(self.pythons["federa"]), str(HERE / script), *map(str, files)]
+        variables = self._variables(CONTENDERS[REFERENCE])
+        done = subprocess.run(command, capture_output=True, text=True, env=variables, check=False)
         if done.returncode:
-            raise RuntimeError((done.stderr.strip().splitlines() or ["agree.py failed"])[-1])
+            raise RuntimeError((done.stderr.strip().splitlines() or [f"{script} failed"])[-1])
         return json.loads(done.stdout)
 
-    def _command(self, contender: Contender, folder: Path, *, equality: bool) -> list[str]:
-        rounds, dropout = (
-            (self.options.equality_rounds, 0.0) if equality else (self.options.rounds, None)
-        )  # None: the model's own rates
+    def _command(self, contender: Contender, folder: Path, rounds: int, dropout: float | None) -> list[str]:
         python = self.pythons[contender.framework]
         return contender.command(python, self.out / "plan", folder, rounds, dropout)
 
-    def _run(self, contender: Contender, folder: Path, *, equality: bool) -> tuple[Any, dict[str, Any]]:
+    def _run(
+        self, contender: Contender, folder: Path, rounds: int, dropout: float | None
+    ) -> tuple[Any, dict[str, Any]]:
         """Run a contender, and return the measurement and its marks.
 
         Raises:
@@ -179,7 +207,7 @@ class Comparison:
         folder.mkdir(parents=True, exist_ok=True)
         marks, log = folder / "run.json", folder / "log.txt"
         marks.unlink(missing_ok=True)
-        command = self._command(contender, folder, equality=equality)
+        command = self._command(contender, folder, rounds, dropout)
         measurement = run_measured(command, self._variables(contender), log, self.cores, self.options.timeout)
         if measurement.returncode != 0 or not marks.is_file():
             code = "out of time" if measurement.returncode is None else f"exit {measurement.returncode}"
@@ -228,6 +256,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     add("--repeats", type=int, default=5, help="timed runs of every contender (default %(default)s)")
     add("--equality-rounds", type=int, default=3, help="rounds of the check (default %(default)s)")
+    add(
+        "--quality-rounds",
+        type=int,
+        default=0,
+        help="of one run more of every contender, judged on texts that nobody has trained on (default: none)",
+    )
     add("--only", help="names of contenders, with commas: " + ", ".join(CONTENDERS))
     add("--cores", default="0,1", help="all processes are held on these (default %(default)s)")
     add("--cache", type=Path, default=Path.home() / ".cache" / "federa-peers", help="for environments")
@@ -261,6 +295,10 @@ def main(arguments: list[str]) -> int:
             if counts(contender.name, equalities):
                 comparison.timed(contender, repeat)
                 publish(comparison)
+    if comparison.options.quality_rounds:
+        for contender in present:
+            comparison.quality(contender)
+            publish(comparison)
     print(publish(comparison))
     return 1 if comparison.problems else 0
 

@@ -113,6 +113,12 @@ def _equality(name: str, equality: Mapping[str, Any] | None) -> str:
     return f"{equality['largest']:.1e}{verdict}"
 
 
+def _quality(quality: Mapping[str, Any] | None) -> str:
+    if quality is None:
+        return ""
+    return f"{quality['accuracy']:.3f}, {quality['loss']:.3f} after {quality['key']['rounds']} rounds"
+
+
 def markdown(results: Mapping[str, Any]) -> str:
     """Return the tables of a comparison."""
     w, runs = results["workload"], {n: c["runs"] for n, c in results["contenders"].items()}
@@ -126,11 +132,12 @@ def markdown(results: Mapping[str, Any]) -> str:
         f"Python {machine['python']}; federa at {results['commit']}.",
         "",
         "Medians (least to most). Equality: largest difference of a final tensor over the norm, in fp32 "
-        f"without dropout, after {results['equality_rounds']} rounds.",
+        f"without dropout, after {results['equality_rounds']} rounds. "
+        "Quality: accuracy and loss on texts that nobody has trained on, of a run with the model's dropout.",
         "",
         "| contender | workers x threads | equality | steady clients/s | start s | wall s | CPU s | "
-        "peak PSS MB | overhead | others' CPU | runs |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "peak PSS MB | overhead | others' CPU | runs | quality |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, row in results["contenders"].items():
         done, contender = runs[name], CONTENDERS[name]
@@ -150,7 +157,7 @@ def markdown(results: Mapping[str, Any]) -> str:
                 f"{max(run['others_cpu_share'] for run in done):.2f}",
                 str(len(done)),
             ]
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append("| " + " | ".join([*cells, _quality(row["quality"])]) + " |")
     lines += [
         "",
         "How many times faster federa is, in steady clients/s, pairs of the same turn:",

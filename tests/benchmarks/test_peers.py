@@ -13,6 +13,7 @@ import report
 import torch
 from agree import figures
 from measure import Measurement
+from safetensors.torch import save_file
 from workload import Marks, Order, Plan, Workload
 
 pytest.importorskip("peft")
@@ -93,6 +94,23 @@ def test_another_order_of_rows_is_noticed(plan, finals, tmp_path):
         finals("federa", of=other)
 
 
+def test_a_state_is_judged_on_texts_that_nobody_has_trained_on(plan, finals, tmp_path):
+    import quality
+
+    read = Plan(plan)
+    texts, labels = quality.held_out(read)
+    assert texts.shape == (quality.ROWS, 12) and np.bincount(labels).tolist() == [quality.ROWS // 5] * 5
+    seen = {tuple(row) for row in read.inputs.tolist()}
+    assert not seen & {tuple(row) for row in texts.tolist()}
+    ours, _ = finals("federa")
+    blind = {name: tensor * (not name.startswith("classifier")) for name, tensor in ours.items()}
+    for name, state in {"ours": ours, "blind": blind}.items():
+        save_file(state, tmp_path / name)
+    guessed = quality.scores(read, tmp_path / "blind")
+    assert guessed == {"loss": pytest.approx(np.log(5)), "accuracy": pytest.approx(0.2)}
+    assert quality.scores(read, tmp_path / "ours")["loss"] != guessed["loss"]
+
+
 def test_figures_refuse_what_cannot_be_compared():
     one = {"a": torch.ones(3)}
     with pytest.raises(ValueError, match="names or shapes"):
@@ -168,13 +186,14 @@ SPEED = {
 @pytest.fixture()
 def stage(monkeypatch, tmp_path, plan):
     """A comparison whose contenders take no time: returns its command line and the list of what ran."""
-    ran, apart = [], dict.fromkeys(SPEED, 1e-6)
+    ran, apart, judged = [], dict.fromkeys(SPEED, 1e-6), []
 
     def run_measured(command, environment, log, cores, timeout):
         out, rounds = (command[command.index(flag) + 1] for flag in ("--out", "--rounds"))
-        kind = "equality" if "--dropout" in command else "timed"
         folder = Path(out)
-        name = folder.name if kind == "equality" else folder.parent.name
+        kind = next(kind for kind in ("equality", "timed", "quality") if kind in folder.parts)
+        assert ("--dropout" in command) == (kind == "equality")
+        name = folder.parent.name if kind == "timed" else folder.name
         ran.append((kind, name))
         marks = Marks(folder)
         marks.rounds = [2 * (i + 1) / SPEED[name] for i in range(int(rounds))]
@@ -182,24 +201,28 @@ def stage(monkeypatch, tmp_path, plan):
         marks.write({"a": torch.ones(2)})
         return Measurement(0, 0.0, 60.0, 100.0, 10**9, 0.1)
 
-    def distance(self, final):
-        return {"largest": apart[final.parent.name], "of_movement": 1e-4}
+    def helper(self, script, *files):
+        if script == "agree.py":
+            return {"largest": apart[files[-1].parent.name], "of_movement": 1e-4}
+        judged.append(files[-1].parent.name)
+        return {"loss": 0.5, "accuracy": 0.75}
 
     monkeypatch.setattr(compare, "environment", lambda name, cache: (Path(sys.executable), {"torch": "1"}))
     monkeypatch.setattr(compare, "run_measured", run_measured)
-    monkeypatch.setattr(compare.Comparison, "_distance", distance)
+    monkeypatch.setattr(compare.Comparison, "_helper", helper)
     monkeypatch.setattr(compare.Comparison, "plan", lambda self: None)
     (tmp_path / "plan").mkdir()
     (tmp_path / "plan" / "plan.json").write_text((plan / "plan.json").read_text())
     arguments = ["--out", str(tmp_path), "--cohort", "2", "--rounds", "4", "--repeats", "3"]
-    return [*arguments, "--only", ",".join(SPEED)], ran, apart
+    return [*arguments, "--only", ",".join(SPEED)], ran, apart, judged
 
 
 def test_turns_are_taken_and_nothing_runs_twice(stage, tmp_path):
-    arguments, ran, _ = stage
+    arguments, ran, _, judged = stage
     assert compare.main(arguments) == 0
     order = [name for name in contenders.CONTENDERS if name in SPEED]
     assert ran == [("equality", name) for name in order] + 3 * [("timed", name) for name in order]
+    assert not judged
     results = json.loads((tmp_path / "results.json").read_text())
     ratio = {row["kind"]: (row["median"], row["than"]) for row in results["ratios"]}
     assert ratio == {
@@ -213,8 +236,18 @@ def test_turns_are_taken_and_nothing_runs_twice(stage, tmp_path):
     assert ran == [("timed", "plain-2x1")]
 
 
+def test_quality_is_told_of_one_run_more(stage, tmp_path):
+    arguments, ran, _, judged = stage
+    assert compare.main([*arguments, "--quality-rounds", "9", "--repeats", "1"]) == 0
+    order = [name for name in contenders.CONTENDERS if name in SPEED]
+    assert judged == order and ran[-len(order) :] == [("quality", name) for name in order]
+    assert (tmp_path / "results.md").read_text().count("| 0.750, 0.500 after 9 rounds |") == len(order)
+    assert compare.main([*arguments, "--quality-rounds", "9", "--repeats", "1"]) == 0
+    assert judged == order, "nothing is judged twice"
+
+
 def test_whose_results_differ_is_neither_timed_nor_compared(stage, tmp_path):
-    arguments, ran, apart = stage
+    arguments, ran, apart, _ = stage
     apart["plain-2x1"] = 2e-5
     assert compare.main(arguments) == 1
     assert ("timed", "plain-2x1") not in ran
@@ -225,7 +258,7 @@ def test_whose_results_differ_is_neither_timed_nor_compared(stage, tmp_path):
 
 
 def test_a_ratio_is_refused_where_equality_was_lost_after_the_runs(stage, tmp_path):
-    arguments, _, _ = stage
+    arguments, *_ = stage
     assert compare.main(arguments) == 0
     file = tmp_path / "equality" / "plain-2x1.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "largest": 1.0}))
@@ -234,7 +267,7 @@ def test_a_ratio_is_refused_where_equality_was_lost_after_the_runs(stage, tmp_pa
 
 
 def test_a_framework_that_cannot_be_installed_is_named(stage, tmp_path, monkeypatch):
-    arguments, ran, _ = stage
+    arguments, ran, *_ = stage
 
     def environment(name, cache):
         if name == "plain":
@@ -248,7 +281,7 @@ def test_a_framework_that_cannot_be_installed_is_named(stage, tmp_path, monkeypa
 
 
 def test_other_code_is_warned_of(stage, tmp_path):
-    arguments, _, _ = stage
+    arguments, *_ = stage
     assert compare.main(arguments) == 0
     file = tmp_path / "timed" / "plain-2x1" / "0.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "code": "older"}))
@@ -257,7 +290,7 @@ def test_other_code_is_warned_of(stage, tmp_path):
 
 
 def test_an_out_folder_holds_one_workload(stage, monkeypatch):
-    arguments, _, _ = stage
+    arguments, *_ = stage
     monkeypatch.undo()
     comparison = compare.Comparison(compare.parse([*arguments, "--clients", "50"]))
     with pytest.raises(SystemExit, match="another workload"):
