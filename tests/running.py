@@ -125,7 +125,8 @@ def federa(*arguments: object) -> int:
 
 def short_reports(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let runs write a word for a report: drawing takes longer than the rest of a small run."""
-    monkeypatch.setattr(loop, "write_report", lambda folders, to: write_atomically(to, b"drawn"))
+    page = importlib.import_module("federa.report.page")
+    monkeypatch.setattr(page, "write_report", lambda folders, to: write_atomically(to, b"drawn"))
 
 
 def forked(action: Callable[[], object], patience: float = 90) -> int:

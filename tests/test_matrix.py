@@ -57,7 +57,7 @@ def data_of(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _short_reports(monkeypatch):
-    monkeypatch.setattr(sys.modules["federa.run"], "write_report", lambda _, to: to.touch() or to)
+    monkeypatch.setattr(sys.modules["federa.report.page"], "write_report", lambda _, to: to.touch() or to)
 
 
 class Stop(Observer):

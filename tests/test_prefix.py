@@ -173,7 +173,7 @@ class Stop(Observer):
 
 
 def test_a_resumed_run_comes_to_the_same(recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys.modules["federa.run"], "write_report", lambda _, to: to.touch() or to)
+    monkeypatch.setattr(sys.modules["federa.report.page"], "write_report", lambda _, to: to.touch() or to)
     config = configure(recipe, method=method("top"), **PLAIN, client__reuse_frozen=True)
     whole, plain = run(config), run(config.replace(**{"client.reuse_frozen": False}))
     with pytest.raises(KeyboardInterrupt):

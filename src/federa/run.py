@@ -21,7 +21,6 @@ from federa.evaluation import Evaluator
 from federa.experiment import Experiment, build_experiment, resolve
 from federa.machine import cache_folder
 from federa.methods.lora import lora_layers
-from federa.report import write_report
 from federa.server import OK, finish_round, make_jobs
 from federa.state import load_state, num_bytes, write_atomically
 from federa.trackers import require_trackers, start_tracker
@@ -157,6 +156,8 @@ def run(
         summary = _summarise(loop, state)
     if folder is not None:
         folder.write_json("result.json", summary)
+        from federa.report.page import write_report  # matplotlib is half a second of every start
+
         write_report([folder.path], folder.report)
     return Result(config, state, loop.records, summary, folder.path if folder else None)
 

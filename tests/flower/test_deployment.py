@@ -166,7 +166,8 @@ def test_a_federation_with_keys_gives_the_simulators_state_though_its_server_is_
         assert REASONS[name][0] in programs.log(name)
         assert REASONS[name][1] in programs.log("server")
     assert load_config(out / "config.yaml").wire.name == "fp32"
-    turn_away_a_revoked_node(programs, [tmp_path / "cut" if word == out else word for word in serve], pki)
+    on_the_cut = [tmp_path / "cut" if word == out else word for word in serve]
+    kill_its_superlink(programs, turn_away_a_revoked_node(programs, on_the_cut, pki))
     left = subprocess.run(["pgrep", "-fc", str(tmp_path)], capture_output=True, text=True, check=False)
     assert int(left.stdout) >= NODES, "the nodes go on"
     homes = set(Path(tempfile.gettempdir()).glob("federa-node-*"))
@@ -179,7 +180,10 @@ def test_a_federation_with_keys_gives_the_simulators_state_though_its_server_is_
 
 
 def turn_away_a_revoked_node(programs, serve, pki):
-    """Go on with a run after a node's key was taken out: the server does not know it, and both say so."""
+    """Go on with a run after a node's key was taken out: the server does not know it, and both say so.
+
+    Returns the server, which waits for that node.
+    """
     for stranger in ("unknown-key", "other-ca"):
         programs.processes[stranger].terminate()
         programs.processes[stranger].wait()
@@ -188,8 +192,19 @@ def turn_away_a_revoked_node(programs, serve, pki):
     server = programs.start("server without a node", *serve, "--resume")
     programs.until(lambda: REASONS["unknown-key"][1] in programs.log("server without a node"))
     programs.until(lambda: REASONS["unknown-key"][0] in programs.log(node)[before:])
-    server.kill()
-    server.wait()
+    return server
+
+
+def kill_its_superlink(programs, server):
+    """Take a server's SuperLink away: it says so, and ends."""
+    links = subprocess.run(
+        ["pgrep", "-P", str(server.pid), "-f", "superlink"], capture_output=True, text=True, check=True
+    )
+    os.kill(int(links.stdout.split()[0]), signal.SIGKILL)
+    programs.until(lambda: server.poll() is not None, 90)
+    assert server.returncode == 1
+    log = programs.log("server without a node")
+    assert "federa: the SuperLink is gone" in log and "Traceback" not in log
 
 
 @pytest.mark.parametrize(
@@ -231,17 +246,3 @@ def test_mistakes_are_one_line(recipe, tmp_path, monkeypatch, capsys, command, w
     (line,) = err.splitlines()
     assert line.startswith("federa: ") and expected in line and "listening" not in out
     assert not (tmp_path / "a").exists()
-
-
-def test_a_server_whose_superlink_dies_says_so_and_ends(programs, parted, tmp_path):
-    shards, _ = parted
-    port, recipe, out = free_port(), shards / "recipe.yaml", tmp_path / "out"
-    words = ("--insecure", "--clients", NODES, "--port", port, "--out", out)
-    server = programs.start("server", "serve", recipe, *words)
-    programs.until(lambda: "waiting for" in programs.log("server"))
-    links = subprocess.run(["pgrep", "-P", str(server.pid)], capture_output=True, text=True, check=True)
-    os.kill(int(links.stdout.split()[0]), signal.SIGKILL)
-    programs.until(lambda: server.poll() is not None, 90)
-    assert server.returncode == 1
-    assert "federa: the SuperLink is gone" in programs.log("server")
-    assert "Traceback" not in programs.log("server")

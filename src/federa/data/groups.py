@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits
 
 from federa.types import FederaError, FloatArray, IntArray
@@ -71,6 +70,8 @@ def clustered(train: FloatArray, evaluation: FloatArray, clusters: int, seed: in
     """
     if len(train) < clusters:
         raise FederaError(f"task.clusters: {clusters} clusters of {len(train)} training examples")
+    from sklearn.cluster import KMeans  # half a second of every start
+
     with threadpool_limits(1):  # a sum's last bits depend on the number of threads, and a border on them
         found = KMeans(clusters, n_init=1, random_state=seed).fit(train)
         ids = found.predict(evaluation) if len(evaluation) else np.zeros(0)

@@ -10,7 +10,6 @@ from itertools import compress
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-from sklearn.model_selection import GroupShuffleSplit, train_test_split
 
 from federa.types import FederaError, IntArray, RowError
 
@@ -83,6 +82,8 @@ def hold_out(split: Split, config: DataConfig, task: Needs, fraction: float) -> 
             # By numbers: an array of texts is as wide as its longest one.
             number = {unit: i for i, unit in enumerate(sorted(set(units)))}
             unit = np.array([number[name] for name in units])
+            from sklearn.model_selection import GroupShuffleSplit  # half a second of every start
+
             shuffle = GroupShuffleSplit(1, test_size=fraction, random_state=config.split_seed)
             held = next(shuffle.split(rows, groups=unit))[1]
         else:
@@ -122,5 +123,7 @@ def _drawn(rows: IntArray, strata: Sequence[str] | None, fraction: float, seed: 
             return rows
         if min(fraction, 1 - fraction) * len(rows) < len(set(strata)):
             strata = None
+    from sklearn.model_selection import train_test_split
+
     held: IntArray = train_test_split(rows, test_size=fraction, random_state=seed, stratify=strata)[1]
     return held

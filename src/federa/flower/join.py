@@ -39,7 +39,8 @@ MEANINGS = {  # of what a SuperNode writes at its end, the first for a 401
     "the two clocks differ",
     "[code: 2004]": "the server takes this node to be there already, or another one has its key",
 }
-RESTART_SECONDS = 3.0  # between a SuperNode's end and its next start
+RESTART_SECONDS = 3.0  # between a SuperNode's end and its next start, and between two looks at the server
+MOST_RESTART_SECONDS = 60.0  # where it is turned away again and again: a start costs seconds of a processor
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,15 +170,31 @@ class _Keeper:
             end(self._process)
 
     def _watch(self) -> None:
+        """Start it again when it ends: after a look at the server, and later and later if that turns it away."""
+        wait, started = RESTART_SECONDS, time.monotonic()
         while not self._over.wait(1.0):
             assert self._process is not None
             if self._process.poll() is None:
                 continue
-            why = self._server.trouble() or self._last_word()
-            self._told(f"{why}; the SuperNode is started again")
-            time.sleep(RESTART_SECONDS)
+            if time.monotonic() - started > MOST_RESTART_SECONDS:
+                wait = RESTART_SECONDS  # it had work
+            why = self._server.trouble()
+            if why is None:
+                self._told(f"{self._last_word()}; the SuperNode is started again in {wait:.0f} s")
+                self._over.wait(wait)
+                wait = min(2 * wait, MOST_RESTART_SECONDS)
+            else:
+                self._told(f"{why}; the SuperNode is started again when that is over")
+                self._outlast()
+                wait = RESTART_SECONDS
             if not self._over.is_set():
+                started = time.monotonic()
                 self._process = start(SUPERNODE, self._words, self._log, self._home)
+
+    def _outlast(self) -> None:
+        """Wait until nothing keeps this machine from the server."""
+        while not self._over.wait(RESTART_SECONDS) and self._server.trouble() is not None:
+            pass
 
     def _last_word(self) -> str:
         log = self._log.read_text(errors="replace")
