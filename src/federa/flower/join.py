@@ -170,7 +170,7 @@ class _Keeper:
             end(self._process)
 
     def _watch(self) -> None:
-        """Start it again when it ends: after a look at the server, and later and later if that turns it away."""
+        """Start it again when it ends: once the server can be reached, and ever later if it turns it away."""
         wait, started = RESTART_SECONDS, time.monotonic()
         while not self._over.wait(1.0):
             assert self._process is not None
