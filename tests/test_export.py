@@ -22,6 +22,7 @@ from federa.run import run
 from federa.seeds import seed_for
 from federa.state import load_state
 from federa.types import FederaError
+from running import short_reports
 
 TEXTS = [
     "the match goal of the team",
@@ -97,8 +98,7 @@ def trained(base_of, train_csv, test_csv, tmp_path_factory):
         return made[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        # Half of the time of so short a run goes into its report.
-        patch.setattr(sys.modules["federa.run"], "write_report", lambda _, to: to.touch() or to)
+        short_reports(patch)
         yield get
 
 

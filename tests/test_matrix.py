@@ -1,6 +1,5 @@
 """Every backbone family x task x method: trains, resumes, is exported, and says the same where it is opened again."""
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from federa.export import export, load
 from federa.methods.targets import find_targets
 from federa.run import Observer, run
 from federa.types import FederaError
-from running import same
+from running import same, short_reports
 from small import TASKS, write_task
 
 METHODS = {
@@ -57,7 +56,7 @@ def data_of(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _short_reports(monkeypatch):
-    monkeypatch.setattr(sys.modules["federa.report.page"], "write_report", lambda _, to: to.touch() or to)
+    short_reports(monkeypatch)
 
 
 class Stop(Observer):

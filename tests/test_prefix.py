@@ -1,7 +1,5 @@
 """What frozen layers make of a text is computed once, with the result that it has when it is computed in every step."""
 
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -14,7 +12,7 @@ from federa.engines import Processes, Serial
 from federa.prefix import frozen_prefix
 from federa.run import Observer
 from federa.types import FederaError, Job
-from running import build, configure, federa, jobs_of, play_on, same
+from running import build, configure, federa, jobs_of, play_on, same, short_reports
 from small import TASKS, write_task
 
 TOP = {
@@ -173,7 +171,7 @@ class Stop(Observer):
 
 
 def test_a_resumed_run_comes_to_the_same(recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys.modules["federa.report.page"], "write_report", lambda _, to: to.touch() or to)
+    short_reports(monkeypatch)
     config = configure(recipe, method=method("top"), **PLAIN, client__reuse_frozen=True)
     whole, plain = run(config), run(config.replace(**{"client.reuse_frozen": False}))
     with pytest.raises(KeyboardInterrupt):

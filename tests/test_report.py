@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 import yaml
 
-from federa.report import partition_figure, save_figure, write_report
 from federa.report.load import load_run
 from federa.report.naming import headline, labels
-from federa.report.svg import inline_svg
+from federa.report.page import write_report
+from federa.report.partition import partition_figure
+from federa.report.svg import inline_svg, save_figure
 from federa.report.tables import comparison, rejections, sizes_table, tiles
 from federa.report.tables import warnings as notes
 from federa.report.words import byte_unit, clip, count, listing, plural, rough, size_words, time_words

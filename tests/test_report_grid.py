@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from federa.report import GridCell, Pair, Reached, write_grid_report
 from federa.report.bands import band
 from federa.report.cells import ALL_SETTINGS, merged, read_grid
 from federa.report.costs import facts, to_target
 from federa.report.drift import drift, in_blocks
 from federa.report.forest import by_setting, differences
+from federa.report.grid import GridCell, Pair, Reached, write_grid_report
 from federa.report.heat import heat_map
 from federa.report.recipes import environment, unlike
 from federa.report.scores import missing, results, sentence

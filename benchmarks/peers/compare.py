@@ -7,6 +7,7 @@ What is done is kept: the same command goes on where it was stopped. Standard li
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import subprocess
@@ -68,9 +69,11 @@ class Comparison:
         folder = self.out / "plan"
         if (folder / "plan.json").is_file():
             written = json.loads((folder / "plan.json").read_text())["workload"]
-            other = [key for key, value in self.workload.items() if written[key] != value]
+            other = [k for k, v in self.workload.items() if k != "rounds" and written[k] != v]
             if other:
                 raise SystemExit(f"--out: {self.out} holds another workload ({other[0]} differs)")
+            if self.workload["rounds"] > written["rounds"]:
+                raise SystemExit(f"--out: the plan in {self.out} ends with round {written['rounds']}")
             return folder
         command = [str(self.pythons["federa"]), str(HERE / "plan.py"), json.dumps(self.workload), str(folder)]
         if subprocess.run(command, env=self._variables(CONTENDERS[REFERENCE]), check=False).returncode:
@@ -124,7 +127,7 @@ class Comparison:
     def quality(self, contender: Contender) -> None:
         """Note how a contender's final tensors do on texts that nobody has trained on, unless it is known."""
         file, rounds = self.out / "quality" / f"{contender.name}.json", self.options.quality_rounds
-        key = {"code": code_of(contender), "rounds": rounds}
+        key = self._quality_key(contender)
         if file.is_file() and json.loads(file.read_text())["key"] == key:
             return
         print(f"quality: {contender.name}", end="", flush=True)
@@ -139,6 +142,10 @@ class Comparison:
         print(f": {scores['accuracy']:.3f}", flush=True)
         command = self._command(contender, folder, rounds, OWN_DROPOUT)
         write_json(file, {"key": key, "command": command, **scores})
+
+    def _quality_key(self, contender: Contender) -> dict[str, Any]:
+        judge = hashlib.sha256((HERE / "quality.py").read_bytes()).hexdigest()[:12]
+        return {"code": code_of(contender) + judge, "rounds": self.options.quality_rounds}
 
     def results(self) -> dict[str, Any]:
         """Return all that is known so far, as `results.json` has it."""
@@ -158,6 +165,8 @@ class Comparison:
             unavailable = self.unavailable.get(contender.framework)
             judged = self.out / "quality" / f"{contender.name}.json"
             quality = json.loads(judged.read_text()) if judged.is_file() else None
+            if quality is not None and quality["key"] != self._quality_key(contender):
+                quality = None  # of other code, or of another number of rounds
             about = {k: v for k, v in asdict(contender).items() if k not in ("by_default", "suffix")}
             rows[contender.name] = about | {
                 "unavailable": unavailable,
@@ -270,8 +279,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         add(f"--{name}", type=int, default=value, help="of the workload (default %(default)s)")
     add("--model", default="minilm", help="minilm, or a folder of a BERT checkpoint (default %(default)s)")
     options = parser.parse_args(arguments)
-    if options.rounds <= WARM_UP or options.equality_rounds < 1 or options.repeats < 0:
-        parser.error(f"--rounds must exceed {WARM_UP}, --equality-rounds 0, and --repeats not be negative")
+    if options.rounds <= WARM_UP or options.equality_rounds < 1:
+        parser.error(f"--rounds must exceed {WARM_UP}, and --equality-rounds 0")
+    if options.repeats < 0 or options.quality_rounds < 0:
+        parser.error("--repeats and --quality-rounds must not be negative")
     return options
 
 

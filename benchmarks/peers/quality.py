@@ -41,6 +41,8 @@ def scores(plan: Plan, final: Path) -> dict[str, float]:
     """Return loss and accuracy of a state on such texts, by the peers' model in float32."""
     model, trained = build_model(plan, 0.0)
     state = load_file(final)
+    if set(state) != set(trained) or not all(bool(tensor.isfinite().all()) for tensor in state.values()):
+        raise SystemExit(f"{final}: other tensors than what trains, or NaN or infinity among them")
     for name, parameter in trained.items():
         parameter.copy_(state[name])
     texts, labels = held_out(plan)

@@ -104,11 +104,16 @@ def test_a_state_is_judged_on_texts_that_nobody_has_trained_on(plan, finals, tmp
     assert not seen & {tuple(row) for row in texts.tolist()}
     ours, _ = finals("federa")
     blind = {name: tensor * (not name.startswith("classifier")) for name, tensor in ours.items()}
-    for name, state in {"ours": ours, "blind": blind}.items():
+    plain = {name: tensor * (not name.endswith("lora_B")) for name, tensor in ours.items()}
+    broken = {name: tensor / 0 for name, tensor in ours.items()}
+    for name, state in {"ours": ours, "blind": blind, "plain": plain, "broken": broken}.items():
         save_file(state, tmp_path / name)
     guessed = quality.scores(read, tmp_path / "blind")
     assert guessed == {"loss": pytest.approx(np.log(5)), "accuracy": pytest.approx(0.2)}
-    assert quality.scores(read, tmp_path / "ours")["loss"] != guessed["loss"]
+    losses = {guessed["loss"], *(quality.scores(read, tmp_path / name)["loss"] for name in ("ours", "plain"))}
+    assert len(losses) == 3, "the head counts, and so do the factors"
+    with pytest.raises(SystemExit, match="NaN or infinity"):
+        quality.scores(read, tmp_path / "broken")
 
 
 def test_figures_refuse_what_cannot_be_compared():
@@ -294,4 +299,11 @@ def test_an_out_folder_holds_one_workload(stage, monkeypatch):
     monkeypatch.undo()
     comparison = compare.Comparison(compare.parse([*arguments, "--clients", "50"]))
     with pytest.raises(SystemExit, match="another workload"):
+        comparison.plan()
+    written = json.loads((comparison.out / "plan" / "plan.json").read_text())["workload"]
+    for rounds in (1, 3):
+        comparison.workload = {**written, "rounds": rounds}
+        assert comparison.plan() == comparison.out / "plan", "a longer plan serves"
+    comparison.workload = {**written, "rounds": 4}
+    with pytest.raises(SystemExit, match="ends with round 3"):
         comparison.plan()

@@ -182,13 +182,15 @@ def test_a_federation_with_keys_gives_the_simulators_state_though_its_server_is_
 def turn_away_a_revoked_node(programs, serve, pki):
     """Go on with a run after a node's key was taken out: the server does not know it, and both say so.
 
-    Returns the server, which waits for that node.
+    Returns the server, which waits for the nodes that are left: they stand still.
     """
     for stranger in ("unknown-key", "other-ca"):
         programs.processes[stranger].terminate()
         programs.processes[stranger].wait()
     (pki / "server" / "nodes" / f"node-{NODES - 1}.pub").unlink()
     node, before = f"node-{NODES - 1}", len(programs.log(f"node-{NODES - 1}"))
+    for number in range(NODES - 1):
+        programs.processes[f"node-{number}"].send_signal(signal.SIGSTOP)
     server = programs.start("server without a node", *serve, "--resume")
     programs.until(lambda: REASONS["unknown-key"][1] in programs.log("server without a node"))
     programs.until(lambda: REASONS["unknown-key"][0] in programs.log(node)[before:])
@@ -205,6 +207,8 @@ def kill_its_superlink(programs, server):
     assert server.returncode == 1
     log = programs.log("server without a node")
     assert "federa: the SuperLink is gone" in log and "Traceback" not in log
+    for number in range(NODES - 1):
+        programs.processes[f"node-{number}"].send_signal(signal.SIGCONT)
 
 
 @pytest.mark.parametrize(

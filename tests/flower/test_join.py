@@ -1,11 +1,16 @@
-"""When a node's SuperNode is started again: not before the server can be spoken to, and ever later if it refuses."""
+"""When a node's SuperNode is started again: soon after the server is back, and ever later where it is in vain."""
 
+import itertools
 import subprocess
 import sys
+import threading
 
 import pytest
 
 from federa.flower import join
+from federa.machine import die_with_parent
+
+UNKNOWN, THERE = "terminated gracefully", "[code: 2004]"
 
 
 class Hours:
@@ -23,47 +28,98 @@ class Hours:
 
 
 class Server:
-    """A server that is out of reach for some looks."""
+    """A server of which one look after the other says something; then nothing keeps anybody from it."""
 
-    def __init__(self, away=0):
-        self.away = away
+    def __init__(self, *looks):
+        self.looks = list(looks)
 
     def trouble(self):
-        self.away -= 1
-        return "no connection to there" if self.away >= 0 else None
+        return self.looks.pop(0) if self.looks else None
 
 
 @pytest.fixture()
 def watch(tmp_path, monkeypatch):
-    """Return a function that watches a SuperNode which ends at once, and gives waits, starts and lines."""
+    """Return a function that watches a SuperNode which ends at once, and gives its starts and the lines.
+
+    A start is the number of looks' waits since the one before.
+    """
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
 
-    def watched(server, waits, lived=0.0):
-        clock, starts, told = iter(range(10**6)), [], []
-        monkeypatch.setattr(join, "start", lambda *words: starts.append(words) or ended)
+    def watched(server, waits, lived=0.0, word=UNKNOWN):
+        clock, starts, told = itertools.count(), [], []
+        over = Hours(waits)
+        monkeypatch.setattr(join, "start", lambda *_: starts.append(over.waited.count(3.0)) or ended)
         monkeypatch.setattr(join.time, "monotonic", lambda: next(clock) * lived)
         keeper = join._Keeper(server, [], 0, tmp_path, told.append)
-        (tmp_path / "supernode.log").write_text("Starting Flower SuperNode\n[code: 2004]\n")
-        keeper._process, keeper._over = ended, Hours(waits)
+        (tmp_path / "supernode.log").write_text(f"Starting Flower SuperNode\n{word}\n")
+        keeper._process, keeper._over = ended, over
         keeper._watch()
-        return [s for s in keeper._over.waited if s != 1.0], len(starts), told
+        return [after - before for before, after in itertools.pairwise([0, *starts])], told
 
     return watched
 
 
 def test_who_is_turned_away_asks_less_and_less_often(watch):
-    waits, starts, told = watch(Server(), 14)
-    assert waits == [3, 6, 12, 24, 48, 60, 60] and starts == 6
-    assert told[1] == f"{join.MEANINGS['[code: 2004]']}; the SuperNode is started again in 6 s"
+    starts, told = watch(Server(), 80)
+    assert starts[:6] == [1, 2, 4, 8, 16, 20] and set(starts[5:]) == {20}
+    assert told[1] == f"{join.MEANINGS[UNKNOWN]}; the SuperNode is started again in 6 s, or when this is over"
 
 
-def test_who_had_work_asks_soon(watch):
-    assert watch(Server(), 8, lived=61.0)[0] == [3, 3, 3, 3]
+def test_who_had_work_asks_soon_and_so_does_who_is_taken_to_be_there(watch):
+    assert set(watch(Server(), 20, lived=61.0)[0]) == {1}
+    assert set(watch(Server(), 20, word=THERE)[0]) == {1}
 
 
-def test_no_supernode_is_started_while_the_server_is_out_of_reach(watch):
-    waits, starts, told = watch(Server(away=5), 8)
-    assert waits == [3, 3, 3, 3, 3, 3] and starts == 1
-    assert told[0] == "no connection to there; the SuperNode is started again when that is over"
-    assert "in 3 s" in told[1] and len(told) == 2
+def test_a_supernode_is_started_when_the_server_is_back(watch):
+    looks = [
+        None,
+        None,
+        None,
+        None,
+        None,
+        "away",
+        "away",
+        "another CA",
+        "another CA",
+    ]  # turned away twice before
+    starts, told = watch(Server(*looks), 30)
+    assert starts[:4] == [1, 2, 4, 1], "two waits, then four looks until it is back, and then it asks soon"
+    assert told[2].startswith("away; ") and told[3] == "another CA" and "in 3 s" in told[4]
+
+
+def test_an_outage_within_a_wait_is_noticed(watch):
+    looks = [*[None] * 7, "away"]  # at the second of the third wait's four looks
+    starts, told = watch(Server(*looks), 30)
+    assert starts[:4] == [1, 2, 3, 1] and told[3] == "away"
+
+
+def test_whom_only_a_proxy_reaches_is_started_all_the_same(watch):
+    assert watch(Server(*["no connection"] * 90), 70)[0][:2] == [20, 20]
+
+
+def test_it_is_ended_gently_though_another_thread_has_started_it(tmp_path, monkeypatch):
+    """The kernel kills what a thread has started when that thread ends."""
+    script = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(7)); print(flush=True); time.sleep(60)"
+    started, ready = [], threading.Event()
+
+    def start(*_):
+        code = "" if not started else script
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, preexec_fn=die_with_parent
+        )
+        process.stdout.readline()
+        started.append(process)
+        ready.set() if len(started) == 2 else None
+        return process
+
+    monkeypatch.setattr(join, "start", start)
+    monkeypatch.setattr(join, "await_port", lambda *_: None)
+    monkeypatch.setattr(join, "RESTART_SECONDS", 0.05)
+    (tmp_path / "supernode.log").write_text("")
+    keeper = join._Keeper(Server(), [], 0, tmp_path, lambda line: None)
+    keeper.start()
+    assert ready.wait(60)
+    keeper.stop()
+    assert started[1].wait(30) == 7
+    assert not keeper._thread.is_alive()

@@ -319,9 +319,11 @@ def test_what_is_started_for_each_message_loads_no_model():
     assert found.stdout.strip() == ""
 
 
-def test_public_names_are_the_functions_whatever_is_imported_first():
+def test_public_names_are_the_functions_whatever_is_imported_first_and_little_is():
     code = """
-import federa
+import sys
+import federa, federa.progress, federa.flower.serve, federa.flower.join
+assert not {'matplotlib', 'sklearn'} & {*sys.modules}, 'a second of every start'
 assert federa.__version__ and set(federa.__all__) <= set(dir(federa))
 import federa.run, federa.export
 from federa.run import Observer

@@ -198,7 +198,7 @@ def report(
     to: Annotated[Optional[Path], typer.Option(help="The page to write.")] = None,  # noqa: UP045
 ) -> None:
     """Write report.html for a run, or one page for several side by side."""
-    from federa.report import write_report
+    from federa.report.page import write_report
 
     target = to or (folders[0] / "report.html" if len(folders) == 1 else Path("report.html"))
     print(write_report(folders, target))

@@ -33,8 +33,8 @@ from federa.experiment import resolve
 from federa.machine import available_cores
 from federa.plan import make_plan
 from federa.progress import readable_seconds
-from federa.report import GridCell, Pair, Reached, write_grid_report
 from federa.report.cells import method_name
+from federa.report.grid import GridCell, Pair, Reached, write_grid_report
 from federa.report.words import capital
 from federa.state import write_atomically
 from federa.statistics import cost_to, mean_cost, paired

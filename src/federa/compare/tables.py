@@ -13,7 +13,7 @@ import numpy as np
 from federa.compare.execute import Summary
 from federa.compare.grid import Cell, data_name, skew_name
 from federa.progress import readable_bytes, readable_seconds
-from federa.report import Pair, Reached
+from federa.report.grid import Pair, Reached
 from federa.state import write_atomically
 
 COLUMNS = ("method", "data", "model", "skew", "seed", "lr", "metric", "rounds", "bytes", "seconds")

@@ -73,6 +73,8 @@ def hold_out(split: Split, config: DataConfig, task: Needs, fraction: float) -> 
     Raises:
         FederaError: nothing can be held out.
     """
+    from sklearn.model_selection import GroupShuffleSplit  # half a second of every start
+
     rows = np.arange(len(split.table))
     with split.named():
         units, strata = task.units(split.table, config), task.strata(split.table, config)
@@ -82,8 +84,6 @@ def hold_out(split: Split, config: DataConfig, task: Needs, fraction: float) -> 
             # By numbers: an array of texts is as wide as its longest one.
             number = {unit: i for i, unit in enumerate(sorted(set(units)))}
             unit = np.array([number[name] for name in units])
-            from sklearn.model_selection import GroupShuffleSplit  # half a second of every start
-
             shuffle = GroupShuffleSplit(1, test_size=fraction, random_state=config.split_seed)
             held = next(shuffle.split(rows, groups=unit))[1]
         else:
@@ -114,6 +114,8 @@ def _first_like(table: Any, columns: Sequence[str]) -> IntArray:
 
 def _drawn(rows: IntArray, strata: Sequence[str] | None, fraction: float, seed: int) -> IntArray:
     """Return a share of the rows: of each stratum alike, where there are enough rows of each."""
+    from sklearn.model_selection import train_test_split
+
     if strata is not None:
         strata = [strata[row] for row in rows]
         times = Counter(strata)
@@ -123,7 +125,5 @@ def _drawn(rows: IntArray, strata: Sequence[str] | None, fraction: float, seed: 
             return rows
         if min(fraction, 1 - fraction) * len(rows) < len(set(strata)):
             strata = None
-    from sklearn.model_selection import train_test_split
-
     held: IntArray = train_test_split(rows, test_size=fraction, random_state=seed, stratify=strata)[1]
     return held

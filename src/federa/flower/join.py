@@ -34,13 +34,15 @@ from federa.flower.serve import LOOPBACK, end
 from federa.models import pick_device
 from federa.types import FederaError
 
+ALREADY_THERE = "the server takes this node to be there already, or another one has its key"
 MEANINGS = {  # of what a SuperNode writes at its end, the first for a 401
     "terminated gracefully": "the server does not know this node: it was started anew, has no such key, or "
     "the two clocks differ",
-    "[code: 2004]": "the server takes this node to be there already, or another one has its key",
+    "[code: 2004]": ALREADY_THERE,
 }
 RESTART_SECONDS = 3.0  # between a SuperNode's end and its next start, and between two looks at the server
-MOST_RESTART_SECONDS = 60.0  # where it is turned away again and again: a start costs seconds of a processor
+LOOK_SECONDS = 5.0  # at most, for a connection to the server
+MOST_RESTART_SECONDS = 60.0  # where it is in vain again and again: a start costs seconds of a processor
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +84,7 @@ class Server:
         """Return what keeps this machine from the server; None if TLS with it works."""
         host, _, port = self.address.rpartition(":")
         try:
-            with socket.create_connection((host.strip("[]"), int(port)), timeout=5) as raw:
+            with socket.create_connection((host.strip("[]"), int(port)), timeout=LOOK_SECONDS) as raw:
                 if self.ca is not None:
                     trusted = ssl.create_default_context(cafile=str(self.ca))
                     trusted.wrap_socket(raw, server_hostname=host.strip("[]")).close()
@@ -150,8 +152,9 @@ class _Keeper:
         self._server, self._words, self._port, self._home, self._told = server, words, port, home, told
         self._log = home / "supernode.log"
         self._process: subprocess.Popen[bytes] | None = None
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._starting = threading.Lock()
+        self._over, self._ended = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._work, daemon=True)
 
     def start(self) -> None:
         """Start it and see it come up.
@@ -165,12 +168,20 @@ class _Keeper:
 
     def stop(self) -> None:
         """End it for good."""
-        self._over.set()
+        with self._starting:
+            self._over.set()
         if self._process is not None:
             end(self._process)
+        self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join(LOOK_SECONDS + 1)  # it may be at a look
+
+    def _work(self) -> None:
+        self._watch()
+        self._ended.wait()  # the kernel ends with a thread what that has started, and not gently
 
     def _watch(self) -> None:
-        """Start it again when it ends: once the server can be reached, and ever later if it turns it away."""
+        """Start it again when it has ended, later and later where that is in vain."""
         wait, started = RESTART_SECONDS, time.monotonic()
         while not self._over.wait(1.0):
             assert self._process is not None
@@ -178,23 +189,35 @@ class _Keeper:
                 continue
             if time.monotonic() - started > MOST_RESTART_SECONDS:
                 wait = RESTART_SECONDS  # it had work
-            why = self._server.trouble()
-            if why is None:
-                self._told(f"{self._last_word()}; the SuperNode is started again in {wait:.0f} s")
-                self._over.wait(wait)
-                wait = min(2 * wait, MOST_RESTART_SECONDS)
-            else:
-                self._told(f"{why}; the SuperNode is started again when that is over")
-                self._outlast()
-                wait = RESTART_SECONDS
-            if not self._over.is_set():
-                started = time.monotonic()
-                self._process = start(SUPERNODE, self._words, self._log, self._home)
+            trouble = self._server.trouble()
+            if self._over.is_set():
+                return
+            why = trouble or self._last_word()
+            if why == ALREADY_THERE:
+                wait = RESTART_SECONDS  # until the server has missed it for a while
+            pause = MOST_RESTART_SECONDS if trouble else wait
+            self._told(f"{why}; the SuperNode is started again in {pause:.0f} s, or when this is over")
+            back = self._pause(pause, trouble)
+            wait = RESTART_SECONDS if back else min(2 * wait, MOST_RESTART_SECONDS)
+            with self._starting:
+                if not self._over.is_set():
+                    started = time.monotonic()
+                    self._process = start(SUPERNODE, self._words, self._log, self._home)
 
-    def _outlast(self) -> None:
-        """Wait until nothing keeps this machine from the server."""
-        while not self._over.wait(RESTART_SECONDS) and self._server.trouble() is not None:
-            pass
+    def _pause(self, seconds: float, trouble: str | None) -> bool:
+        """Wait, and return at once with True when the server was out of reach and is back.
+
+        A look is advice: a proxy may reach what a socket cannot, so the wait has an end in any case.
+        """
+        waited = 0.0
+        while waited < seconds and not self._over.wait(RESTART_SECONDS):
+            waited += RESTART_SECONDS
+            before, trouble = trouble, self._server.trouble()
+            if before and not trouble:
+                return True
+            if trouble and trouble != before:
+                self._told(trouble)
+        return False
 
     def _last_word(self) -> str:
         log = self._log.read_text(errors="replace")
