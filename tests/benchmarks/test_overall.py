@@ -70,6 +70,27 @@ def rows_of(lines, first):
     return [row[2:] for row in rows if first(row[0])]
 
 
+def test_what_parts_are_worth_is_that_of_the_runs():
+    overall = runpy.run_path(str(BENCHMARKS / "overall.py"))
+    page = (BENCHMARKS.parent / "docs" / "results.md").read_text()
+    section = page[page.index("## What closes the gap: placement") :].split("\n## ", 1)[0]
+    rows = [line for line in section.splitlines() if "[csv](" in line]
+    assert len(rows) == 6
+    for row in rows:
+        file, *told = [cell.strip() for cell in row.replace("*", "").split("|")[3:6]]
+        path = BENCHMARKS.parent / "docs" / file.removeprefix("[csv](").removesuffix(")")
+        runs = {method: rates for (method, _), rates in overall["read"]([path], head_rates=True).items()}
+        for method, cell in zip(("federa", "lora"), told, strict=True):
+            seeds = [score[0] for rate in runs.get(method, {}).values() for _, score in sorted(rate.items())][
+                :2
+            ]
+            listed = ", ".join(f"{score:.1f}" for score in seeds)
+            assert cell == (f"{sum(seeds) / 2:.1f} ({listed})" if seeds else ""), row
+    assert {path.name for path in (BENCHMARKS.parent / "docs/results/parts").iterdir()} <= {
+        row.partition("parts/")[2].partition(")")[0] for row in rows
+    }
+
+
 def test_the_results_in_the_documentation_are_those_of_the_runs():
     results = BENCHMARKS.parent / "docs" / "results"
     files = [file for where in ("", "skews/", "head/") for file in results.glob(f"{where}*.csv")]
