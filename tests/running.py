@@ -125,8 +125,7 @@ def federa(*arguments: object) -> int:
 
 def short_reports(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let runs write a word for a report: drawing takes longer than the rest of a small run."""
-    page = importlib.import_module("federa.report.page")
-    monkeypatch.setattr(page, "write_report", lambda folders, to: write_atomically(to, b"drawn"))
+    monkeypatch.setattr(loop, "_write_report", lambda folder: write_atomically(folder.report, b"drawn"))
 
 
 def forked(action: Callable[[], object], patience: float = 90) -> int:

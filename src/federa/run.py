@@ -156,10 +156,14 @@ def run(
         summary = _summarise(loop, state)
     if folder is not None:
         folder.write_json("result.json", summary)
-        from federa.report.page import write_report  # matplotlib is half a second of every start
-
-        write_report([folder.path], folder.report)
+        _write_report(folder)
     return Result(config, state, loop.records, summary, folder.path if folder else None)
+
+
+def _write_report(folder: RunDirectory) -> None:
+    from federa.report.page import write_report  # with matplotlib, half a second of every start
+
+    write_report([folder.path], folder.report)
 
 
 def _remove_on_mistake(folder: RunDirectory) -> Callable[..., None]:
