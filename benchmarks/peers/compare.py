@@ -7,7 +7,6 @@ What is done is kept: the same command goes on where it was stopped. Standard li
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import subprocess
@@ -126,12 +125,10 @@ class Comparison:
 
     def quality(self, contender: Contender) -> None:
         """Note how a contender's final tensors do on texts that nobody has trained on, unless it is known."""
-        file, rounds = self.out / "quality" / f"{contender.name}.json", self.options.quality_rounds
-        key = self._quality_key(contender)
-        if file.is_file() and json.loads(file.read_text())["key"] == key:
+        if self._known_quality(contender) is not None:
             return
         print(f"quality: {contender.name}", end="", flush=True)
-        folder = file.with_suffix("")
+        folder, rounds = self.out / "quality" / contender.name, self.options.quality_rounds
         try:
             self._run(contender, folder, rounds, OWN_DROPOUT)
             scores = self._helper("quality.py", self.out / "plan", folder / FINAL)
@@ -141,11 +138,17 @@ class Comparison:
             return
         print(f": {scores['accuracy']:.3f}", flush=True)
         command = self._command(contender, folder, rounds, OWN_DROPOUT)
-        write_json(file, {"key": key, "command": command, **scores})
+        key = self._quality_key(contender)
+        write_json(folder.with_name(f"{contender.name}.json"), {"key": key, "command": command, **scores})
 
     def _quality_key(self, contender: Contender) -> dict[str, Any]:
-        judge = hashlib.sha256((HERE / "quality.py").read_bytes()).hexdigest()[:12]
-        return {"code": code_of(contender) + judge, "rounds": self.options.quality_rounds}
+        return {"code": code_of(contender, "quality.py"), "rounds": self.options.quality_rounds}
+
+    def _known_quality(self, contender: Contender) -> dict[str, Any] | None:
+        """Return what is written of it, if that is of this code and as many rounds."""
+        file = self.out / "quality" / f"{contender.name}.json"
+        held: dict[str, Any] | None = json.loads(file.read_text()) if file.is_file() else None
+        return held if held is not None and held["key"] == self._quality_key(contender) else None
 
     def results(self) -> dict[str, Any]:
         """Return all that is known so far, as `results.json` has it."""
@@ -163,15 +166,11 @@ class Comparison:
             ]
             runs = [run for run in runs if run["rounds"] == self.options.rounds]
             unavailable = self.unavailable.get(contender.framework)
-            judged = self.out / "quality" / f"{contender.name}.json"
-            quality = json.loads(judged.read_text()) if judged.is_file() else None
-            if quality is not None and quality["key"] != self._quality_key(contender):
-                quality = None  # of other code, or of another number of rounds
             about = {k: v for k, v in asdict(contender).items() if k not in ("by_default", "suffix")}
             rows[contender.name] = about | {
                 "unavailable": unavailable,
                 "equality": equality,
-                "quality": quality,
+                "quality": self._known_quality(contender),
                 "runs": runs,
             }
         runs_of = {name: row["runs"] for name, row in rows.items()}

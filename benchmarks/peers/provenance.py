@@ -14,9 +14,9 @@ from contenders import HERE, REPO, Contender
 SHARED_CODE = ("learner.py", "workload.py", "plan.py", "flower_client.py", "nvflare_parts.py")
 
 
-def code_of(contender: Contender) -> str:
-    """Return a short hash of the code that a contender's run depends on."""
-    files = [HERE / name for name in (*SHARED_CODE, f"run_{contender.framework}.py")]
+def code_of(contender: Contender, *more: str) -> str:
+    """Return a short hash of the code that a contender's run depends on, and of more scripts of this folder."""
+    files = [HERE / name for name in (*SHARED_CODE, f"run_{contender.framework}.py", *more)]
     if contender.framework == "federa":
         files += sorted(p for p in (REPO / "src").rglob("*") if p.suffix in (".py", ".cpp"))
     return hashlib.sha256(b"\0".join(file.read_bytes() for file in files)).hexdigest()[:12]
