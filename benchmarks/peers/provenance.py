@@ -15,7 +15,7 @@ SHARED_CODE = ("learner.py", "workload.py", "plan.py", "flower_client.py", "nvfl
 
 
 def code_of(contender: Contender, *more: str) -> str:
-    """Return a short hash of the code that a contender's run depends on, and of more scripts of this folder."""
+    """Return a short hash of the code that a contender's run depends on, and of more scripts here."""
     files = [HERE / name for name in (*SHARED_CODE, f"run_{contender.framework}.py", *more)]
     if contender.framework == "federa":
         files += sorted(p for p in (REPO / "src").rglob("*") if p.suffix in (".py", ".cpp"))
