@@ -190,7 +190,7 @@ SPEED = {
 
 @pytest.fixture()
 def stage(monkeypatch, tmp_path, plan):
-    """A comparison whose contenders take no time: returns its command line and the list of what ran."""
+    """A comparison whose contenders take no time: its command line, what ran, how far each is apart, who was judged."""
     ran, apart, judged = [], dict.fromkeys(SPEED, 1e-6), []
 
     def run_measured(command, environment, log, cores, timeout):

@@ -110,7 +110,8 @@ def test_it_is_ended_gently_though_another_thread_has_started_it(tmp_path, monke
         )
         process.stdout.readline()
         started.append(process)
-        ready.set() if len(started) == 2 else None
+        if len(started) == 2:
+            ready.set()
         return process
 
     monkeypatch.setattr(join, "start", start)
