@@ -10,12 +10,14 @@ model on the device, a `DataLoader`, torch's AdamW, autocast if asked for, weigh
 and their mean.
 
 The plain ways' batches are of other make-up (shuffled, not of like length), and their bf16 is autocast over
-float32 weights where ours are bf16 (float32 masters beside).
+float32 weights where ours are bf16 (float32 masters beside). Before a time counts, a few clients are trained
+in float32 without dropout on the same batches by all ways, and what they end with is compared: the norm of
+the difference over that of the way from the start.
 
 Reported are clients a second, medians over the turns and their range, and the ratios of the turns. The share
 of the peak is that of the frozen layers' products, over what a large product of `--precision` reaches: each
 layer's 12 width^2 weights and its attention, for tokens without padding, forward and for the gradient of the
-input.
+input; of the last layer of BERT and its kin keys and values alone: the rest is done for the first token.
 """
 
 from __future__ import annotations
@@ -32,11 +34,11 @@ import transformers
 from pretrain import DEBERTA_V3
 from torch.utils.data import DataLoader
 
+from federa import gpu
 from federa.client import ClientConfig, Trainer
 from federa.cpu import speed_up
 from federa.data.batches import Encoded, Ragged
 from federa.engines.stacking import Lanes, train_together
-from federa.masks import use_ready_masks
 from federa.methods import METHODS, Setup
 from federa.seeds import seed_for, torch_seeded
 from federa.tasks import Classification
@@ -45,7 +47,10 @@ from federa.types import Job, State, Update
 LABELS = 20
 VOCABULARY = {"bert": 30_522, "roberta": 50_265, "deberta": 128_100}
 PEAK_SIDE = 8192
-WARM_UP = 2  # rounds: in the second the steps are recorded
+LR = 1e-3
+WARM_UP = 3  # rounds: until the third the steps are recorded
+COMPARED = 3  # clients whose final states are
+APART = 0.02  # at most: AdamW makes whole steps of rounding where a gradient is next to nothing
 
 
 def parse() -> argparse.Namespace:
@@ -110,11 +115,11 @@ def build(options: argparse.Namespace, *, graphs: bool = True) -> tuple[Trainer,
     head = frozenset(name for name, _ in model.named_parameters() if not name.startswith(base))
     method = METHODS.parse(options.method)
     start = method.prepare(model, Setup(head, seed=0))
-    model.to(options.device)
     if options.device == "cpu":
         speed_up(model)
     else:
-        use_ready_masks(model)
+        gpu.speed_up(model)
+    model.to(options.device)
     client = ClientConfig(
         lr=method.default_lr, batch_size=options.batch, precision=options.precision, cuda_graphs=graphs
     )
@@ -138,34 +143,22 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     data, parts = draw(options)
-    jobs = [Job(1, client, seed_for(0, "client", client), 1e-3) for client in range(options.clients)]
+    jobs = [Job(1, client, seed_for(0, "client", client), LR) for client in range(options.clients)]
     size = options.at_once or options.clients
     some = jobs[: options.alone or None]
-
-    def alone(trainer: Trainer, start: State) -> list[Update]:
-        return [trainer.train(start, data, parts[job.client_id], job)[0] for job in some]
-
-    def together(lanes: Lanes, start: State) -> list[Update]:
-        groups = [jobs[i : i + size] for i in range(0, len(jobs), size)]
-        return [
-            update
-            for group in groups
-            for update, _ in train_together(
-                lanes, start, data, [parts[job.client_id] for job in group], group, [{}] * len(group)
-            )
-        ]
-
+    alone, together = (functools.partial(way, data=data, parts=parts) for way in (one_by_one, side_by_side))
+    compare(options, jobs[:COMPARED], data, parts)
     cuda = options.device == "cuda"
     ours = f"{size} side by side"
     ways: dict[str, tuple[Callable[[], object], int]] = {}
     for graphs in (True, False) if cuda else (False,):
         trainer, start = build(options, graphs=graphs)
         kind = "" if graphs or not cuda else ", without graphs"
-        ways[ours + kind] = functools.partial(together, Lanes(trainer, size), start), len(jobs)
-        ways["one at a time" + kind] = functools.partial(alone, trainer, start), len(some)
+        ways[ours + kind] = functools.partial(together, Lanes(trainer, size), start, jobs), len(jobs)
+        ways["one at a time" + kind] = functools.partial(alone, trainer, start, some), len(some)
     for precision in options.plain:
-        round_of = plain_round(options, precision, data, [parts[job.client_id] for job in some])
-        ways[f"plain peft, {precision}"] = (round_of, len(some))
+        plain = Plain(options, precision, data)
+        ways[f"plain peft, {precision}"] = functools.partial(plain.round, some, parts), len(some)
     rates: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(-WARM_UP, options.rounds):
         for name, (way, count) in ways.items():
@@ -178,65 +171,141 @@ def main() -> None:
     show(options, ours, rates, operations(options, data) / len(jobs))
 
 
-def plain_round(
-    options: argparse.Namespace, precision: str, data: Encoded, parts: Sequence[np.ndarray]
-) -> Callable[[], list[np.ndarray]]:
-    """Return what trains these clients with peft and torch alone, and returns the mean of their weights."""
-    from peft import LoraConfig, TaskType, get_peft_model
-    from peft import get_peft_model_state_dict as get_state
-    from peft import set_peft_model_state_dict as set_state
+def one_by_one(
+    trainer: Trainer, start: State, jobs: Sequence[Job], *, data: Encoded, parts: Sequence[np.ndarray]
+) -> list[Update]:
+    """Train clients one after the other."""
+    return [trainer.train(start, data, parts[job.client_id], job)[0] for job in jobs]
 
-    names = ["query_proj", "value_proj"] if options.family == "deberta" else ["query", "value"]
-    rank = METHODS.parse("lora").rank
-    ranks = LoraConfig(
-        task_type=TaskType.SEQ_CLS,
-        r=rank,
-        lora_alpha=rank,
-        target_modules=names,
-        modules_to_save=["classifier", "pooler"] if options.family != "roberta" else ["classifier"],
-    )
-    model = get_peft_model(random_model(options), ranks).to(options.device)
-    start, cuda = {name: t.cpu().numpy() for name, t in get_state(model).items()}, options.device == "cuda"
-    ids, labels = data.features["input_ids"], data.targets["labels"]
 
-    def collate(rows: list[int]) -> dict[str, torch.Tensor]:
+def side_by_side(
+    lanes: Lanes, start: State, jobs: Sequence[Job], *, data: Encoded, parts: Sequence[np.ndarray]
+) -> list[Update]:
+    """Train clients as many at a time as there are lanes."""
+    groups = [jobs[i : i + lanes.clients] for i in range(0, len(jobs), lanes.clients)]
+    return [
+        update
+        for group in groups
+        for update, _ in train_together(
+            lanes, start, data, [parts[job.client_id] for job in group], group, [{}] * len(group)
+        )
+    ]
+
+
+class Plain:
+    """A Flower client without Flower: peft and torch alone, and the mean of what clients send."""
+
+    def __init__(self, options: argparse.Namespace, precision: str, data: Encoded) -> None:
+        from peft import LoraConfig, TaskType, get_peft_model
+        from peft import get_peft_model_state_dict as get_state
+
+        names = ["query_proj", "value_proj"] if options.family == "deberta" else ["query", "value"]
+        rank = METHODS.parse("lora").rank
+        ranks = LoraConfig(
+            task_type=TaskType.SEQ_CLS,
+            r=rank,
+            lora_alpha=rank,
+            target_modules=names,
+            modules_to_save=["classifier", "pooler"] if options.family != "roberta" else ["classifier"],
+        )
+        self.model = get_peft_model(random_model(options), ranks).to(options.device)
+        self.state = functools.partial(get_state, self.model)
+        self.start = {name: t.cpu().numpy() for name, t in self.state().items()}
+        self.options, self.precision, self.data = options, precision, data
+
+    def collate(self, rows: list[int]) -> dict[str, torch.Tensor]:
+        """Return examples padded to the longest."""
+        ids, labels = self.data.features["input_ids"], self.data.targets["labels"]
         texts = [torch.from_numpy(ids.row(row).astype(np.int64)) for row in rows]
         padded = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
         kept = torch.nn.utils.rnn.pad_sequence([torch.ones_like(t) for t in texts], batch_first=True)
         return {"input_ids": padded, "attention_mask": kept, "labels": torch.from_numpy(labels[rows])}
 
-    def client(rows: np.ndarray) -> list[np.ndarray]:
-        set_state(model, {name: torch.from_numpy(array) for name, array in start.items()})
-        trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=0.0)
-        loader = DataLoader(rows.tolist(), options.batch, shuffle=True, collate_fn=collate, pin_memory=cuda)
-        model.train()
-        for batch in loader:
+    def client(self, batches: DataLoader[int]) -> dict[str, np.ndarray]:
+        """Return what a client makes of the start."""
+        from peft import set_peft_model_state_dict
+
+        options = self.options
+        set_peft_model_state_dict(
+            self.model, {name: torch.from_numpy(array) for name, array in self.start.items()}
+        )
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=0.0)
+        self.model.train()
+        for batch in batches:
             inputs = {name: t.to(options.device, non_blocking=True) for name, t in batch.items()}
-            with torch.autocast(options.device, torch.bfloat16, enabled=precision == "bf16"):
-                loss = model(**inputs).loss
+            with torch.autocast(options.device, torch.bfloat16, enabled=self.precision == "bf16"):
+                loss = self.model(**inputs).loss
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
-        return [t.cpu().numpy() for t in get_state(model).values()]
+        return {name: t.cpu().numpy() for name, t in self.state().items()}
 
-    def round_of() -> list[np.ndarray]:
-        sums: list[np.ndarray] = []
-        for rows in parts:
-            arrays = client(rows)
+    def round(self, jobs: Sequence[Job], parts: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Return the mean of the clients' weights."""
+        options, sums = self.options, []
+        pinned = options.device == "cuda"
+        for job in jobs:
+            rows = parts[job.client_id].tolist()
+            loader = DataLoader(rows, options.batch, shuffle=True, collate_fn=self.collate, pin_memory=pinned)
+            arrays = list(self.client(loader).values())
             sums = [a + b for a, b in zip(sums, arrays, strict=True)] if sums else arrays
-        return [array / len(parts) for array in sums]
+        return [array / len(jobs) for array in sums]
 
-    return round_of
+
+def compare(
+    options: argparse.Namespace, jobs: Sequence[Job], data: Encoded, parts: Sequence[np.ndarray]
+) -> None:
+    """Say how far apart clients end that were trained side by side, one by one, and by peft and torch.
+
+    Raises:
+        SystemExit: further than rounding explains.
+    """
+    exact = argparse.Namespace(**{**vars(options), "precision": "fp32", "dropout": 0.0})
+    trainer, start = build(exact, graphs=False)
+    ends = {
+        "side by side": side_by_side(Lanes(trainer, len(jobs)), start, jobs, data=data, parts=parts),
+        "one at a time": one_by_one(trainer, start, jobs, data=data, parts=parts),
+    }
+    found = {way: [_flat(update.delta) for update in updates] for way, updates in ends.items()}
+    if options.plain:
+        plain = Plain(exact, "fp32", data)
+        names = {_of_peft(name): name for name in start}
+        if names.keys() != plain.start.keys():
+            raise SystemExit(f"peft trains other tensors: {sorted(names.keys() ^ plain.start.keys())}")
+        plain.start = {name: start[names[name]].numpy() for name in plain.start}
+        found["plain peft"] = []
+        for job in jobs:
+            batches = [rows.tolist() for rows in trainer.batches(data, parts[job.client_id], job)]
+            rows = list(range(options.clients * options.examples))
+            end = plain.client(DataLoader(rows, batch_sampler=batches, collate_fn=plain.collate))
+            delta = {names[name]: torch.from_numpy(array) - start[names[name]] for name, array in end.items()}
+            found["plain peft"].append(_flat({name: delta[name] for name in ends["one at a time"][0].delta}))
+    for way in found.keys() - {"one at a time"}:
+        apart = max(
+            float((a - b).norm() / b.norm()) for a, b in zip(found[way], found["one at a time"], strict=True)
+        )
+        print(f"float32 without dropout: {way} ends {apart:.1e} of the way from one at a time")
+        if not apart < APART:
+            raise SystemExit("that is more than rounding")
+
+
+def _flat(delta: State) -> torch.Tensor:
+    return torch.cat([tensor.flatten().double() for tensor in delta.values()])
+
+
+def _of_peft(name: str) -> str:
+    return f"base_model.model.{name}" + (".weight" if name.endswith(("lora_A", "lora_B")) else "")
 
 
 def operations(options: argparse.Namespace, data: Encoded) -> float:
     """Return the floating-point operations that an epoch of all examples needs (see above)."""
     lengths = data.lengths().astype(float)
-    matrices = 2 * 2 * 12 * options.width**2 * lengths.sum()
-    attention = 3 * 4 * options.width * (lengths**2).sum()
-    return options.layers * float(matrices + attention)
+    spared = options.family != "deberta"  # of the last layer, see above
+    matrices = 2 * 2 * options.width**2 * lengths.sum() * (12 * options.layers - 10 * spared)
+    attention = 3 * 4 * options.width * (lengths**2).sum() * (options.layers - spared)
+    return float(matrices + attention)
 
 
 def peak(options: argparse.Namespace) -> float:

@@ -158,6 +158,21 @@ def test_a_step_that_waits_is_not_recorded(device):
     for _ in range(3):
         owner.take(4)
     assert (owner.taken, len(owner.graphs)) == (3, 0)
+    device.waits = False
+    for _ in range(3):
+        owner.take(5)
+    assert len(owner.graphs) == 0, "what waits once more than at first is not tried again"
+
+
+def test_a_step_that_waits_the_first_time_alone_is_recorded(device):
+    owner = Owner(device)
+    for length in (4, 5):
+        device.waits = True
+        owner.take(length)
+        device.waits = False
+        for _ in range(3):
+            owner.take(length)
+    assert (owner.taken, len(owner.graphs)) == (4, 2)
 
 
 def test_warnings_of_a_step_are_passed_on_once_and_torchs_of_the_search_never(device):

@@ -17,6 +17,7 @@ LAYERS = [
         "models",
         "masks",
         "cpu",
+        "gpu",
         "data",
         "tasks",
         "methods",

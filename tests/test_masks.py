@@ -5,7 +5,7 @@ import pytest
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.deberta_v2 import modeling_deberta_v2
 
-from federa.masks import use_ready_masks
+from federa import gpu
 from federa.types import Job
 from running import build, furthest
 
@@ -34,7 +34,7 @@ def as_on_an_accelerator(monkeypatch, *, ready):
         if model._supports_attention_backend:
             model.set_attn_implementation("sdpa")
         if ready:
-            use_ready_masks(model)
+            gpu.speed_up(model)
 
     monkeypatch.setattr("federa.experiment.speed_up", prepare)
 
@@ -52,8 +52,10 @@ def test_no_step_waits(recipe, changes, monkeypatch, micro_batch):
     """Of a job, its last line alone: the mean of its losses."""
     as_on_an_accelerator(monkeypatch, ready=True)
     experiment = build(recipe, **changes, client__micro_batch=micro_batch)
+    job = experiment.params, experiment.train, np.arange(24), Job(1, 0, 5, 1e-3)
+    experiment.trainer.train(*job)  # what is kept for a length is computed the first time
     with Looks() as looks:
-        experiment.trainer.train(experiment.params, experiment.train, np.arange(24), Job(1, 0, 5, 1e-3))
+        experiment.trainer.train(*job)
     assert looks.found == ["_local_scalar_dense"]
 
 

@@ -17,6 +17,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from federa import gpu
 from federa.cuda_graphs import CudaGraphs
 from federa.data.batches import Encoded, training_batches
 from federa.flat_parameters import FlatParameters
@@ -113,10 +114,8 @@ class Trainer:
         table = None if config.weight_decay or on_gpu else table_that_shrinks(model)
         self.flat = FlatParameters(model, head, bf16=config.precision == "bf16", table=table)
         self._places: Tensor | None = None
-        # A family with attention of its own (DeBERTa) waits in the first step of every length.
-        plain = bool(getattr(model, "_supports_attention_backend", False)) and self.prefix is None
-        recordable = plain and config.micro_batch is None and not config.checkpointing
-        self.records = on_gpu and config.cuda_graphs and recordable
+        plain = self.prefix is None and config.micro_batch is None and not config.checkpointing
+        self.records = on_gpu and config.cuda_graphs and plain and gpu.recordable(model)
         self._resident: LocalOptimizer | None = None  # where steps are recorded, what they touch stays
         self._graphs = CudaGraphs(self._recorded_step, self.device) if self.records else None
         self.shared = [name for name in self.flat.names if name not in local]

@@ -39,6 +39,9 @@ class _Recording:
 class CudaGraphs:
     """Takes a step as it comes if its shape is new, records it the second time, and replays it from then on.
 
+    A step that waits for the device cannot be recorded. Some do so the first time alone, for what they keep
+    (DeBERTa's relative positions); one that does it again is never recorded, nor is any other.
+
     Args:
         step: a method of what owns this object; it reads a batch, changes tensors that stay in their places,
             and returns one (detached). What is different from call to call must be in tensors: numbers of the
@@ -52,6 +55,7 @@ class CudaGraphs:
         self._recordings: dict[tuple[object, ...], _Recording] = {}
         self._pool = torch.cuda.graph_pool_handle()
         self._refused: set[tuple[object, ...]] = set()  # there was no room for them
+        self._waited: set[tuple[object, ...]] = set()  # when it was new
         self._waits = False
         self._failed = ""
         self._said: set[tuple[str, type[Warning], str, int]] = set()  # warnings that have been passed on
@@ -77,7 +81,7 @@ class CudaGraphs:
         key = tuple((name, tensor.shape, tensor.dtype) for name, tensor in sorted(batch.items()))
         recording = self._recordings.get(key)
         if recording is None:
-            if key not in self._needed:
+            if key not in self._needed or key in self._waited:
                 return self._watched(key, batch)
             if self._waits or len(self) >= MOST or key in self._refused:
                 return self._step(batch)
@@ -116,7 +120,12 @@ class CudaGraphs:
                 self._said.add(what)
                 warnings.warn_explicit(*what)
         self._needed[key] = torch.cuda.max_memory_allocated(self._device) - before
-        if not self._waits and any(_SYNC in str(warning.message) for warning in said):
+        waited = any(_SYNC in str(warning.message) for warning in said)
+        if waited and key not in self._waited:
+            self._waited.add(key)
+            return out
+        self._waited.discard(key)
+        if waited and not self._waits:
             self._waits = True
             _log.info("client.cuda_graphs: this model's step waits for the device, so it is not recorded")
         return out

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from federa import gpu
 from federa.client import Trainer, measured_precision
 from federa.config import RunConfig
 from federa.cpu import speed_up
@@ -25,7 +26,6 @@ from federa.data.partition import group_counts, partition_examples
 from federa.data.tokenised import tokenised
 from federa.engines.base import give_back_freed_memory
 from federa.kept import KeptStates
-from federa.masks import use_ready_masks
 from federa.methods import Setup
 from federa.models import Pretrained, load_pretrained, pick_device, require_base
 from federa.seeds import generator, seed_for
@@ -277,11 +277,11 @@ def prepare(config: RunConfig, loaded: Pretrained, init: State | None, cache: Pa
     params = {name: t for name, t in start.items() if name not in local}
     sizes = _sizes(config, loaded, start, params)
     device = pick_device(config.device)
-    model = loaded.model.to(device)
     if device.type == "cpu":
-        speed_up(model)
+        speed_up(loaded.model)
     else:
-        use_ready_masks(model)
+        gpu.speed_up(loaded.model)
+    model = loaded.model.to(device)
     trainer = Trainer(model, loaded.head, local, config.task, config.client)
     pack_all(model)
     give_back_freed_memory()

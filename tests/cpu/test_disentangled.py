@@ -18,6 +18,8 @@ from federa.cpu.disentangled import (
     positions_of,
 )
 
+CPU = torch.device("cpu")
+
 
 def attention(**changes):
     """One attention whose every part counts."""
@@ -86,10 +88,10 @@ def test_outputs_and_gradients_are_those_of_transformers(changes, length):
 
 
 def test_only_positions_that_a_text_has_are_projected():
-    held, keys, queries = positions_of(5, buckets=256, furthest=512, span=256)
+    held, keys, queries = positions_of(5, buckets=256, furthest=512, span=256, device=CPU)
     assert held == slice(252, 261)
     assert keys.tolist() == [8, 7, 6, 5, 4, 3, 2, 1, 0] and queries.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8]
-    held, keys, _ = positions_of(400, buckets=256, furthest=512, span=256)
+    held, keys, _ = positions_of(400, buckets=256, furthest=512, span=256, device=CPU)
     assert len(keys) == 799 and held.stop - held.start < 512
 
 

@@ -47,8 +47,24 @@ def _tabled(scores: Tensor) -> Tensor:
     return table
 
 
+def _hide_(scores: Tensor, mask: Tensor, part: slice, heads: int) -> None:
+    """Add a client's mask to the scores of each of its heads, those groups of all that are a part."""
+    if len(mask) == 1:
+        scores += mask
+    elif part == slice(None):
+        scores.unflatten(0, (-1, heads)).add_(mask[:, None])
+    else:
+        scores += mask[torch.arange(part.start, part.start + len(scores)) // heads]
+
+
 def _parts(q: Tensor) -> Iterator[slice]:
-    """Yield groups a few at a time: tables that stay in the cache, out of memory that is used again."""
+    """Yield groups a few at a time: tables that stay in the cache, out of memory that is used again.
+
+    On a GPU all of them at once.
+    """
+    if q.device.type != "cpu":
+        yield slice(None)
+        return
     _, batch, length, _ = q.shape
     size = max(1, TABLE_BYTES // (batch * length * (2 * length - 1) * q.element_size()))
     for first in range(0, len(q), size):
@@ -69,19 +85,18 @@ class DisentangledAttention(Stackable):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, p: Tensor, r: Tensor, mask: Tensor, rate: float
     ) -> Tensor:
         weights, out = q.new_empty(*q.shape[:-1], q.shape[-2]), torch.empty_like(q)
-        kept = None if rate == 0 else torch.empty(weights.shape, dtype=torch.int16)
+        kept = None if rate == 0 else torch.empty(weights.shape, dtype=torch.int16, device=q.device)
         ctx.drop_scale = 1.0
-        own = torch.arange(len(q)) // (len(q) // len(mask))  # whose mask is a group's
         for part in _parts(q):
             scores = q[part] @ k[part].transpose(-1, -2)
             for content, positions, flipped in ((q, p, False), (k, r, True)):
                 table = torch.bmm(content[part].flatten(1, 2), positions[part].transpose(1, 2))
                 said = on_diagonals(table.view(*scores.shape[:-1], -1))
                 scores += said.transpose(-1, -2) if flipped else said
-            scores += mask if len(mask) == 1 else mask[own[part]]
+            _hide_(scores, mask, part, len(q) // len(mask))
             weights[part] = dropped = torch.softmax(scores, dim=-1)
             if kept is not None:
-                kept[part], ctx.drop_scale = draw_mask(scores.shape, rate)
+                kept[part], ctx.drop_scale = draw_mask(scores.shape, rate, q.device)
                 dropped = apply_mask(dropped, kept[part], ctx.drop_scale)
             out[part] = dropped @ v[part]
         ctx.save_for_backward(q, k, v, p, r, weights, kept)
@@ -126,7 +141,9 @@ class DisentangledAttention(Stackable):
 
 @functools.lru_cache(maxsize=256)
 @torch.inference_mode(False)  # type: ignore[untyped-decorator, unused-ignore]  # training may meet it again
-def positions_of(length: int, buckets: int, furthest: int, span: int) -> tuple[slice, Tensor, Tensor]:
+def positions_of(
+    length: int, buckets: int, furthest: int, span: int, device: torch.device
+) -> tuple[slice, Tensor, Tensor]:
     """Return which relative positions a text of some length has.
 
     Args:
@@ -134,6 +151,7 @@ def positions_of(length: int, buckets: int, furthest: int, span: int) -> tuple[s
         buckets: of relative positions; -1 for none: each is its own.
         furthest: the largest distance that is told from others.
         span: half the number of rows of the table of embeddings.
+        device: of the rows of `p` and of `r`; the first call for a length may wait for it.
 
     Returns:
         The rows that occur; and the rows of `p` and of `r` of `DisentangledAttention`, counted from the first
@@ -145,7 +163,7 @@ def positions_of(length: int, buckets: int, furthest: int, span: int) -> tuple[s
     keys = torch.clamp(ascending + span, 0, 2 * span - 1).flip(0)
     queries = torch.clamp(span - ascending.flip(0), 0, 2 * span - 1)
     first, last = min(keys.min(), queries.min()), max(keys.max(), queries.max())
-    return slice(int(first), int(last) + 1), keys - first, queries - first
+    return slice(int(first), int(last) + 1), (keys - first).to(device), (queries - first).to(device)
 
 
 class FastDisentangledSelfAttention(DisentangledSelfAttention):  # type: ignore[misc, unused-ignore]
@@ -162,8 +180,9 @@ class FastDisentangledSelfAttention(DisentangledSelfAttention):  # type: ignore[
             return cast("tuple[Tensor, Any]", answer)
         count, scale = self.num_attention_heads, (3 * self.attention_head_size) ** -0.5
         held, keys, queries = positions_of(
-            hidden_states.shape[1], self.position_buckets, self.max_relative_positions, self.pos_ebd_size
-        )
+            hidden_states.shape[1], self.position_buckets, self.max_relative_positions, self.pos_ebd_size,
+            hidden_states.device,
+        )  # fmt: skip
         positions = self.pos_dropout(rel_embeddings[held])[None]
         key_proj = self.key_proj if self.share_att_key else self.pos_key_proj
         query_proj = self.query_proj if self.share_att_key else self.pos_query_proj
@@ -190,7 +209,7 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
         mask: `(batch, 1, length, length)`, true where a query sees a key.
         dtype: of the scores.
     """
-    nothing = torch.zeros((), dtype=dtype)
+    nothing = torch.zeros((), dtype=dtype, device=mask.device)
     return torch.where(mask.bool()[:, 0], nothing, torch.finfo(dtype).min)[None]
 
 

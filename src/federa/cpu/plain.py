@@ -65,19 +65,20 @@ class _Lifted(torch.autograd.Function):  # type: ignore[misc]
         return out, dims
 
 
-def draw_mask(shape: torch.Size, rate: float) -> tuple[Tensor, float]:
+def draw_mask(shape: torch.Size, rate: float, device: torch.device | None = None) -> tuple[Tensor, float]:
     """Return a dropout mask, int16: all bits set where an element is kept, none where it is dropped.
 
     Args:
         shape: of the mask.
         rate: the probability that an element is dropped, 0 <= rate < 1.
+        device: of the mask; None for the CPU.
 
     Returns:
         The mask, and the scale that keeps the mean.
     """
     kept = max(1, round((1 - rate) * _STEPS))
     count = shape.numel()
-    draws = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+    draws = torch.empty((count + 3) // 4, dtype=torch.int64, device=device).random_(-(2**63), None)
     mask = draws.view(torch.int16)[:count].view(shape)
     # 15 random bits, minus the number of outcomes that keep, are negative for exactly those: spread the sign.
     mask.bitwise_and_(_STEPS - 1).sub_(kept).bitwise_right_shift_(15)
