@@ -99,7 +99,9 @@ def test_one_client_with_all_data_is_centralised_training(recipe, changes):
     for number in (1, 2):
         (job,) = make_jobs(config, number, [240])
         params = plain(twin, rows, job, params)
-    assert furthest(result.state.params, params) < 1e-6
+    assert furthest(result.state.params, params) < 1e-5, (
+        "AdamW makes steps of rounding: 4e-6 on some processors"
+    )
     assert furthest(result.state.params, twin.params) > 1e-3, "something was learned at all"
 
 

@@ -1,14 +1,18 @@
 """What several comparisons say together: repeats are averaged, methods stand at their best rate, means say of what."""
 
+import csv
 import json
 import runpy
 import sys
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
+from statistics import mean, stdev
 
 import pytest
 import yaml
+
+from federa.statistics import paired
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -88,6 +92,95 @@ def test_what_parts_are_worth_is_that_of_the_runs():
     assert {path.name for path in (BENCHMARKS.parent / "docs/results/parts").iterdir()} <= {
         row.partition("parts/")[2].partition(")")[0] for row in rows
     }
+
+
+PLACES = {
+    "FeDeRA": ("federa", "qv32"), "LoRA": ("lora", "qv32"), "adapter": ("adapter", "rest"), "FT": ("ft", "rest"),
+    "FeDeRA, all": ("federa", "all8"), "LoRA, all": ("lora", "all8"),
+}  # fmt: skip
+
+
+def placed():
+    """Return every run's score and every method's rate, by what the page calls method and place."""
+    overall = runpy.run_path(str(BENCHMARKS / "overall.py"))
+    folder = BENCHMARKS.parent / "docs/results/placement"
+    tried = {
+        place: overall["read"](sorted(folder.glob(f"*-{place}.csv")), head_rates=True)
+        for place in ("qv32", "all8", "rest")
+    }
+    scores = {
+        name: overall["at_best_rates"](tried[place])[method] for name, (method, place) in PLACES.items()
+    }
+    rates = {
+        (name, setting): [lr for lr, _ in runs]
+        for name, (method, place) in PLACES.items()
+        for (found, setting), runs in tried[place].items()
+        if found == method
+    }
+    return scores, rates
+
+
+def cells_of(line):
+    return [cell.strip() for cell in line.replace("*", "").strip("|").split("|")]
+
+
+def test_what_placement_is_worth_is_that_of_the_runs():
+    page = (BENCHMARKS.parent / "docs" / "results.md").read_text()
+    section = page[page.index("## What closes the gap: placement on five") :].split("\n## ", 1)[0]
+    lines = [cells_of(line) for line in section.splitlines() if line.startswith("|")]
+    scores, rates = placed()
+    order = ("FeDeRA", "LoRA", "FeDeRA, all", "LoRA, all", "adapter", "FT")
+    settings = sorted({setting for setting, _ in scores["FT"]})
+    names = {
+        "CrossNER": "crossner",
+        "MRQA": "mrqa",
+        "20 News": "newsgroups20",
+        "SemEval": "semeval",
+        "SQuAD": "squad",
+    }
+    told = {key: line[1:] for line in lines for name, key in names.items() if line[0].startswith(name)}
+    means = []
+    for setting in settings:
+        (row,) = [row for key, row in told.items() if setting.startswith(key)]
+        for name, cell in zip(order, row, strict=True):
+            runs = [score for (where, _), score in scores[name].items() if where == setting]
+            (lr,) = rates[name, setting]  # one rate a file
+            assert cell.startswith(f"{mean(runs):.1f} ± {stdev(runs):.1f} ("), (setting, name)
+            assert float(cell.rsplit("(", 1)[1].removesuffix(")")) == lr, (setting, name)
+            means.append((name, mean(runs)))
+    (whole,) = [line[1:] for line in lines if line[0] == "mean"]
+    for name, cell in zip(order, whole, strict=True):
+        assert cell == f"{mean(score for found, score in means if found == name):.1f}"
+    pairs = {
+        "FeDeRA minus LoRA, query and value": ("FeDeRA", "LoRA"),
+        "FeDeRA minus LoRA, all linear layers": ("FeDeRA, all", "LoRA, all"),
+        "LoRA, all linear layers minus query and value": ("LoRA, all", "LoRA"),
+        "FeDeRA, all linear layers minus query and value": ("FeDeRA, all", "FeDeRA"),
+        "FeDeRA, query and value, minus adapter": ("FeDeRA", "adapter"),
+        "FeDeRA, query and value, minus FT": ("FeDeRA", "FT"),
+        "LoRA, all linear layers, minus FT": ("LoRA, all", "FT"),
+    }
+    rows = {line[0]: line[1:] for line in lines if line[0] in pairs}
+    assert rows.keys() == pairs.keys()
+    for name, (one, other) in pairs.items():
+        all_sets = paired(scores[one], scores[other])
+        others = paired({k: v for k, v in scores[one].items() if "semeval" not in k[0]}, scores[other])
+        interval = "{0.mean:+.1f} ({0.low:+.1f} to {0.high:+.1f})".format
+        assert rows[name] == [
+            interval(all_sets),
+            f"{all_sets.wins:g} of {all_sets.pairs}",
+            interval(others),
+        ], name
+
+
+def test_every_rate_that_was_chosen_was_the_best_of_its_tuning():
+    with (BENCHMARKS.parent / "docs/results/placement/tuning.csv").open(newline="") as file:
+        tried = list(csv.DictReader(file))
+    _, rates = placed()
+    for (name, setting), (lr,) in rates.items():
+        method, place = PLACES[name]
+        of = [t for t in tried if (t["setting"], t["placement"], t["method"]) == (setting, place, method)]
+        assert lr == float(max(of, key=lambda one: float(one["score"]))["lr"]), (name, setting)
 
 
 def test_the_results_in_the_documentation_are_those_of_the_runs():
