@@ -99,7 +99,7 @@ def test_side_by_side_is_one_after_the_other(recipe, precision):
 
 
 @pytest.mark.parametrize("engine", ["serial", "stacked"])
-@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "electra"])
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "electra", "deberta-v2"])
 def test_a_step_waits_for_nothing(recipe, encoder, family, engine):
     """Torch raises where the host would stand still until the GPU has caught up."""
     experiment = build(recipe, device="cuda", model__name=str(encoder(family)), client__dropout=0.1)
@@ -183,6 +183,22 @@ def test_recorded_steps_are_those_as_they_come(recipe, monkeypatch, method, opti
     for one, other in zip(recorded, as_they_come, strict=True):
         assert one.metrics["loss"] == other.metrics["loss"]
         assert same(one.delta, other.delta)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_debertas_steps_are_recorded(recipe, encoder, precision):
+    found = {}
+    for graphs in (True, False):
+        experiment = on(
+            "cuda", recipe, model__name=str(encoder("deberta-v2")), client__dropout=0.1, client__cuda_graphs=graphs,
+            client__precision=precision,
+        )  # fmt: skip
+        with Serial().open(experiment) as session:
+            for _ in range(4):
+                found[graphs] = list(session.train(experiment.params, jobs_of(experiment)))
+        recorded = experiment.trainer._graphs
+        assert recorded is None if not graphs else len(recorded) > 0
+    check_close(found[True], found[False], experiment.trainer.head, 1e-4)
 
 
 def test_a_step_that_waits_is_not_recorded(recipe, monkeypatch, caplog):

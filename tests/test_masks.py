@@ -53,7 +53,8 @@ def test_no_step_waits(recipe, changes, monkeypatch, micro_batch):
     as_on_an_accelerator(monkeypatch, ready=True)
     experiment = build(recipe, **changes, client__micro_batch=micro_batch)
     job = experiment.params, experiment.train, np.arange(24), Job(1, 0, 5, 1e-3)
-    experiment.trainer.train(*job)  # what is kept for a length is computed the first time
+    if "deberta" in changes["model__name"]:
+        experiment.trainer.train(*job)  # what it keeps for a length is computed the first time
     with Looks() as looks:
         experiment.trainer.train(*job)
     assert looks.found == ["_local_scalar_dense"]

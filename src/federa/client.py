@@ -47,7 +47,7 @@ class ClientConfig(BaseModel):
             that was computed in another batch, padded in another way, may differ in its last bits.
         cuda_graphs: on a GPU, record the steps of a shape that is met again, and issue each as one operation:
             the same results with less of the host's time, for up to twice the memory where there is so much.
-            Not with the three fields above, nor for DeBERTa.
+            Not with the three fields above.
         lr: learning rate at the first round; None means the method's own default.
         head_lr: of the task head; None means `lr`. The schedule scales both.
         schedule: of the learning rate over rounds; `linear` and `cosine` end near zero.

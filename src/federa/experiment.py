@@ -26,6 +26,7 @@ from federa.data.partition import group_counts, partition_examples
 from federa.data.tokenised import tokenised
 from federa.engines.base import give_back_freed_memory
 from federa.kept import KeptStates
+from federa.masks import use_ready_masks
 from federa.methods import Setup
 from federa.models import Pretrained, load_pretrained, pick_device, require_base
 from federa.seeds import generator, seed_for
@@ -279,8 +280,10 @@ def prepare(config: RunConfig, loaded: Pretrained, init: State | None, cache: Pa
     device = pick_device(config.device)
     if device.type == "cpu":
         speed_up(loaded.model)
-    else:
+    elif device.type == "cuda":
         gpu.speed_up(loaded.model)
+    else:
+        use_ready_masks(loaded.model)
     model = loaded.model.to(device)
     trainer = Trainer(model, loaded.head, local, config.task, config.client)
     pack_all(model)

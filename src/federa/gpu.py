@@ -9,20 +9,17 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from federa.cpu.attention import PARTS, exchange
+from federa.cpu.attention import exchange, is_known
 from federa.cpu.first_token import FirstTokenAttention
 from federa.cpu.frozen import is_frozen
 from federa.cpu.plain import is_transforming
 from federa.masks import use_ready_masks
+from federa.models import family
 
 
 def recordable(model: Any) -> bool:
     """Return whether a model's steps may be recorded: those of families that take our masks, DeBERTa's."""
-    return bool(getattr(model, "_supports_attention_backend", False)) or _is_deberta(model)
-
-
-def _is_deberta(model: Any) -> bool:
-    return getattr(getattr(model, "config", None), "model_type", "") == "deberta-v2"
+    return bool(getattr(model, "_supports_attention_backend", False)) or family(model) == "deberta-v2"
 
 
 def speed_up(model: Any) -> None:
@@ -30,7 +27,7 @@ def speed_up(model: Any) -> None:
 
     It is still on the CPU, where made-up texts tell whether that is so.
     """
-    if _is_deberta(model):
+    if family(model) == "deberta-v2":
         from federa.cpu.disentangled import attend_along_diagonals  # loads that family's model
 
         attend_along_diagonals(model)
@@ -81,22 +78,15 @@ def _read_first_token_only(model: Any) -> None:
 
     On a CPU `cpu/first_token.py` does so, with ends of sub-layers that are fused there.
     """
-    last = [module for module in model.modules() if _is_known(module)][-1:]
+    last = [module for module in model.modules() if is_known(module, _is_end)][-1:]
     if last and not model.config.output_hidden_states:
         attention, end = last[0].self, last[0].output
         exchange(model, {attention: FirstTokenAttention, end: _of_first_token(type(end))})
 
 
-def _is_known(module: nn.Module) -> bool:
-    """Return whether a module is an attention sub-layer of BERT's kind."""
-    own, end = getattr(module, "self", None), getattr(module, "output", None)
-    return (
-        isinstance(own, nn.Module)
-        and isinstance(end, nn.Module)
-        and {name for name, _ in own.named_children()} == PARTS
-        and {name for name, _ in end.named_children()} == {"dense", "LayerNorm", "dropout"}
-        and not getattr(own, "is_decoder", True)
-    )
+def _is_end(module: Any) -> bool:
+    parts = module.named_children() if isinstance(module, nn.Module) else ()
+    return {name for name, _ in parts} == {"dense", "LayerNorm", "dropout"}
 
 
 def _of_first_token(end: type[nn.Module]) -> type[nn.Module]:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import functools
 import weakref
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.deberta_v2.modeling_deberta_v2 import DebertaV2Encoder
+
+from federa.models import family
+
+if TYPE_CHECKING:
+    from transformers.models.deberta_v2.modeling_deberta_v2 import DebertaV2Encoder
 
 ATTENTION = "federa_ready"  # before the name of the attention that it runs
 
@@ -53,9 +57,9 @@ def use_ready_masks(model: Any) -> None:
     not wait; but its relative positions do, in every step.
     """
     if not getattr(model, "_supports_attention_backend", False):
-        for module in model.modules():
-            if isinstance(module, DebertaV2Encoder):
-                module.get_rel_pos = functools.partial(_kept_positions, weakref.ref(module), {})
+        if family(model) == "deberta-v2":
+            encoder = model.base_model.encoder
+            encoder.get_rel_pos = functools.partial(_kept_positions, weakref.ref(encoder), {})
         return
     name = model.config._attn_implementation
     AttentionInterface.register(f"{ATTENTION}_{name}", ALL_ATTENTION_FUNCTIONS[name])
@@ -78,5 +82,7 @@ def _kept_positions(
         return given
     key = ((hidden if query is None else query).size(-2), hidden.size(-2), hidden.device)
     if key not in kept:
-        kept[key] = DebertaV2Encoder.get_rel_pos(encoder(), hidden, query)
+        own = encoder()
+        assert own is not None, "it calls"
+        kept[key] = type(own).get_rel_pos(own, hidden, query)
     return kept[key]

@@ -318,6 +318,11 @@ def free_memory(device: torch.device) -> int:
     return int(torch.cuda.mem_get_info(device)[0]) + int(unused)
 
 
+def family(model: Any) -> str:
+    """Return what a model's config calls its family, as `deberta-v2`; nothing where it has none."""
+    return str(getattr(getattr(model, "config", None), "model_type", ""))
+
+
 def outputs(model: Any, ids: Tensor, mask: Tensor) -> list[Tensor]:
     """Return all tensors that a model says of `(batch, length)` tokens: of a span its start and its end."""
     device = next(model.parameters()).device

@@ -9,7 +9,7 @@ from transformers.models.deberta_v2.modeling_deberta_v2 import (
     build_relative_position,
 )
 
-from federa.cpu import speed_up
+from federa.cpu import disentangled, speed_up
 from federa.cpu.disentangled import (
     DisentangledAttention,
     FastDisentangledSelfAttention,
@@ -159,21 +159,30 @@ def test_dropout_drops_at_its_rate_and_its_gradient_is_of_what_it_kept():
     assert float(out.mean()) == pytest.approx(1, abs=0.03) and float(out.std()) > 0.1
 
 
-def test_clients_side_by_side_are_clients_one_by_one():
+@pytest.mark.parametrize("whole", [False, True], ids=["a part at a time", "all groups at once, as on a GPU"])
+def test_clients_side_by_side_are_clients_one_by_one(monkeypatch, whole):
     length = 6
-    mask = torch.zeros(1, 2, length, length)
-    mask[..., 4:] = torch.finfo(torch.float32).min
+    masks = torch.zeros(4, 1, 2, length, length)
+    for c in range(4):
+        masks[c, ..., c % 2, 2 + c :] = torch.finfo(torch.float32).min
+    monkeypatch.setattr(disentangled, "TABLE_BYTES", 2 * 2 * length * (2 * length - 1) * 4)  # two groups
+    parts = disentangled._parts
     each = [
         [draws(3, 2, length, 5) + c for _ in range(3)] + [draws(3, 11, 5) * (1 + c), draws(3, 11, 5) - c]
         for c in range(4)
     ]
     stacked = [torch.stack(column).requires_grad_() for column in zip(*each, strict=True)]
-    together = torch.func.vmap(lambda *t: DisentangledAttention.apply(*t, mask, 0.0))(*stacked)
-    alone = torch.stack([DisentangledAttention.apply(*own, mask, 0.0) for own in each])
+    alone = torch.stack(
+        [DisentangledAttention.apply(*own, mask, 0.0) for own, mask in zip(each, masks, strict=True)]
+    )
+    if whole:
+        monkeypatch.setattr(disentangled, "_parts", lambda q: iter([slice(None)]))
+    together = torch.func.vmap(lambda mask, *t: DisentangledAttention.apply(*t, mask, 0.0))(masks, *stacked)
     assert torch.allclose(together, alone, atol=1e-5)
     together.square().sum().backward()
+    monkeypatch.setattr(disentangled, "_parts", parts)
     for c, own in enumerate(each):
         leaves = [t.clone().requires_grad_() for t in own]
-        DisentangledAttention.apply(*leaves, mask, 0.0).square().sum().backward()
+        DisentangledAttention.apply(*leaves, masks[c], 0.0).square().sum().backward()
         for leaf, whole in zip(leaves, stacked, strict=True):
             assert torch.allclose(leaf.grad, whole.grad[c], atol=1e-4, rtol=1e-4)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from federa import run
+from federa import gpu, run
 from federa.client import ClientConfig
 from federa.config import parse_config
 from federa.cpu import fused, native
@@ -113,6 +113,23 @@ def test_without_the_cpus_own_kernels(recipe, monkeypatch):
     monkeypatch.setattr("federa.experiment.speed_up", lambda model: model.set_attn_implementation("sdpa"))
     for name in ("ft", "lora"):
         check_as_serial(prepare(recipe, method={"name": name}, client__optimizer="sgd", cohort=3))
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "electra", "deberta-v2"])
+@pytest.mark.parametrize("case", METHOD_CASES)
+def test_with_a_gpus_modules(recipe, encoder, monkeypatch, family, case):
+    """What `gpu.speed_up` puts in, on the CPU; clients of unequal texts, so that each has its own padding."""
+
+    def as_on_a_gpu(model):
+        if model._supports_attention_backend:
+            model.set_attn_implementation("sdpa")
+        gpu.speed_up(model)
+
+    monkeypatch.setattr("federa.experiment.speed_up", as_on_a_gpu)
+    changes = {"client__optimizer": "sgd", "client__lr": 0.1, "client__max_steps": 2, "cohort": 3}
+    experiment = prepare(recipe, model__name=str(encoder(family)), method=METHOD_CASES[case], **changes)
+    assert any(type(module) is gpu.SharedLinear for module in experiment.trainer.model.modules())
+    check_as_serial(experiment)
 
 
 def test_a_third_partys_method(recipe):

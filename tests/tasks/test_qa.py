@@ -1,11 +1,13 @@
 """Question answering: offsets that are exact whatever the tokenizer, n-best spans, and one line for bad rows."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import transformers
 from hypothesis import HealthCheck, given, settings
@@ -400,6 +402,44 @@ def spans_of_words(context):
     for i, start in enumerate(begins):
         for end in ends[i : i + 4]:
             yield start, end
+
+
+@pytest.mark.parametrize("count", [1, 5, 9, 10, 11, 14, 15, 26, 100])
+@pytest.mark.parametrize("overlap", [0, 4])
+def test_windows_miss_no_token_of_a_context(any_tokenizer, count, overlap):
+    words = " ".join(f"w{n % 7}" for n in range(count))
+    whole = any_tokenizer("who", words, return_offsets_mapping=True)
+    tokens = [at for at, part in zip(whole["offset_mapping"], whole.sequence_ids(), strict=True) if part == 1]
+    limit = 10 + len(whole["input_ids"]) - len(tokens)
+    encoded = QA(max_length=limit, overlap=overlap).encode(table(("who", words)), DATA, any_tokenizer, None)
+    windows = []
+    for row in range(len(encoded)):
+        starts, ends = (getattr(encoded.reference, name).row(row).tolist() for name in ("starts", "ends"))
+        windows.append([(at, to) for at, to in zip(starts, ends, strict=True) if at >= 0])
+        assert len(encoded.features["input_ids"].row(row)) == len(starts) <= limit
+    assert windows[0][0] == tokens[0] and windows[-1][-1] == tokens[-1]
+    assert all(len(window) == 10 for window in windows[:-1])
+    for one, other in pairwise(windows):
+        assert one[10 - overlap :] == other[:overlap]
+    assert [at for i, window in enumerate(windows) for at in window[overlap if i else 0 :]] == tokens
+
+
+def test_windows_are_those_that_transformers_means(any_tokenizer):
+    """Where its tokenizers do not lose the rest of a context: 0.23.1 and 0.23.2 do."""
+    if tokenizers.__version__ in {"0.23.1", "0.23.2"}:
+        pytest.skip(f"tokenizers {tokenizers.__version__} loses windows")
+    words = " ".join(f"w{n % 7}" for n in range(60))
+    theirs = any_tokenizer(
+        ["who"], [words], truncation="only_second", max_length=24, stride=6, return_overflowing_tokens=True
+    )
+    ours = QA(max_length=24, overlap=6).encode(table(("who", words)), DATA, any_tokenizer, None)
+    assert rows_of(ours.features["input_ids"]) == theirs["input_ids"]
+    assert len(ours) > 3
+
+
+def test_a_context_without_a_token_is_a_window_without_an_answer(minilm):
+    encoded = TASK.encode(table(("who", "\u200b")), DATA, minilm, None)
+    assert len(encoded) == 1 and (encoded.reference.starts.row(0) < 0).all()
 
 
 @pytest.mark.parametrize("context", UNICODE, ids=ascii)

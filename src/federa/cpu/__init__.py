@@ -22,6 +22,7 @@ from federa.cpu.attention import read_together
 from federa.cpu.ends import FusedIntermediate, FusedOutput
 from federa.cpu.feed_forward import join
 from federa.cpu.first_token import read_first_token_only
+from federa.models import family
 
 ATTENTION = "federa_cpu"
 
@@ -148,7 +149,7 @@ def speed_up(model: Any) -> None:
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = frozen.FrozenLinear
-    if getattr(getattr(model, "config", None), "model_type", "") == "deberta-v2":
+    if family(model) == "deberta-v2":
         from federa.cpu.disentangled import attend_along_diagonals  # loads that family's model
 
         attend_along_diagonals(model)

@@ -7,7 +7,7 @@ one pass sums the gradients of all four.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -192,13 +192,22 @@ def read_together(model: Any) -> None:
     exchange(model, classes | {module.self: FusedSelfAttention for module in found})
 
 
-def is_known(module: nn.Module) -> bool:
-    """Return whether a module is an attention sub-layer of the kind that is known here."""
+def _is_fused(end: Any) -> bool:
+    return type(end) is FusedOutput
+
+
+def is_known(module: nn.Module, is_end: Callable[[Any], bool] = _is_fused) -> bool:
+    """Return whether a module is an attention sub-layer of the kind that is known here.
+
+    Args:
+        module: of a model.
+        is_end: says whether what comes after the self-attention is the end of such a sub-layer.
+    """
     own = getattr(module, "self", None)
     return (
         isinstance(own, nn.Module)
         and {name for name, _ in own.named_children()} == PARTS
-        and type(getattr(module, "output", None)) is FusedOutput
+        and is_end(getattr(module, "output", None))
         and not getattr(own, "is_decoder", True)
     )
 

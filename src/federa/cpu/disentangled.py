@@ -139,7 +139,7 @@ class DisentangledAttention(Stackable):
         return out.unflatten(0, (clients, -1)), 0
 
 
-@functools.lru_cache(maxsize=256)
+@functools.cache  # never dropped: recorded steps read them where they are
 @torch.inference_mode(False)  # type: ignore[untyped-decorator, unused-ignore]  # training may meet it again
 def positions_of(
     length: int, buckets: int, furthest: int, span: int, device: torch.device
@@ -167,7 +167,7 @@ def positions_of(
 
 
 class FastDisentangledSelfAttention(DisentangledSelfAttention):  # type: ignore[misc, unused-ignore]
-    """A drop-in for DeBERTa's attention on a CPU: the same to rounding, with dropout masks of its own."""
+    """A drop-in for DeBERTa's attention: the same to rounding, with dropout masks of its own."""
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor, output_attentions: bool = False, **options: Any

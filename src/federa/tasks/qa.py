@@ -114,27 +114,31 @@ class QA(Task):
     ) -> tuple[IntArray, dict[str, Ragged]]:
         """Return which question each window is of, and the features of all windows.
 
-        Among them are `starts` and `ends`, the characters of the context that each token has.
+        Among them are `starts` and `ends`, the characters of the context that each token has. Windows are
+        those that a tokenizer is meant to give; some versions of `tokenizers` (0.23.1, 0.23.2) lose what lies
+        beyond the second.
         """
         tokens = tokenizer(
-            questions,
-            contexts,
-            truncation="only_second",
-            max_length=limit,
-            stride=self.overlap,
-            return_overflowing_tokens=True,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
+            questions, contexts, return_offsets_mapping=True, return_attention_mask=False, verbose=False
         )
-        starts, ends = [], []
-        for row, offsets in enumerate(tokens["offset_mapping"]):
-            inside = [part == 1 for part in tokens.sequence_ids(row)]
-            starts.append([at if own else NOWHERE for (at, _), own in zip(offsets, inside, strict=True)])
-            ends.append([to if own else NOWHERE for (_, to), own in zip(offsets, inside, strict=True)])
         names = [n for n in ("input_ids", "token_type_ids") if n in tokens]
-        features = {name: Ragged.from_rows(tokens[name]) for name in names}
-        features |= {"starts": Ragged.from_rows(starts), "ends": Ragged.from_rows(ends)}
-        return np.array(tokens["overflow_to_sample_mapping"], dtype=np.int64), features
+        found: dict[str, list[list[int]]] = {name: [] for name in (*names, "starts", "ends")}
+        question = []
+        for row, offsets in enumerate(tokens["offset_mapping"]):
+            parts = tokens.sequence_ids(row)
+            first = parts.index(1) if 1 in parts else len(parts)  # a context may have no token
+            after = first + parts.count(1)
+            room = limit - (len(parts) - (after - first))
+            outside = [NOWHERE] * first, [NOWHERE] * (len(parts) - after)
+            for start in range(first, max(first + 1, after - self.overlap), room - self.overlap):
+                own = slice(start, min(start + room, after))
+                for name in names:
+                    ids = tokens[name][row]
+                    found[name].append([*ids[:first], *ids[own], *ids[after:]])
+                found["starts"].append([*outside[0], *(at for at, _ in offsets[own]), *outside[1]])
+                found["ends"].append([*outside[0], *(to for _, to in offsets[own]), *outside[1]])
+                question.append(row)
+        return np.array(question, dtype=np.int64), {n: Ragged.from_rows(rows) for n, rows in found.items()}
 
     def _texts(self, table: Any, data: DataConfig) -> tuple[list[str], list[str]]:
         """Return questions and contexts.
