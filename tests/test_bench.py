@@ -1,5 +1,6 @@
 """`federa bench`: figures of the right kind, the fastest chosen, and the recipe changed only on request."""
 
+import dataclasses
 import re
 from contextlib import contextmanager
 
@@ -114,6 +115,23 @@ def test_engines_are_timed_on_clients_of_a_round(recipe, monkeypatch):
     assert [job.client_id for job in given[0]] == [job.client_id for job in jobs_of(experiment)]
 
 
+def test_slow_steps_are_of_fewer_clients_but_two_a_core(recipe, monkeypatch):
+    asked = []
+
+    def jobs(config, *_):
+        asked.append(config.cohort)
+        raise StopIteration
+
+    monkeypatch.setattr(module, "make_jobs", jobs)
+    monkeypatch.setattr(module, "available_cores", lambda: 2)
+    experiment = build(recipe, cohort=6)
+    experiment = dataclasses.replace(experiment, config=experiment.config.replace(cohort=40))
+    for seconds in (0.01, 0.5, 60.0):
+        with pytest.raises(StopIteration):
+            module._engines(experiment, 1, seconds)
+    assert asked == [16, 8, 4]
+
+
 @pytest.mark.parametrize("best", ENGINE_KEYS)
 @pytest.mark.parametrize(
     "engine",
@@ -204,12 +222,12 @@ def test_an_engine_that_refuses_is_left_out_and_why_is_said(recipe, monkeypatch,
     monkeypatch.setattr(f"federa.engines.stacked.{fails}", refuse)
     monkeypatch.setattr(module, "available_cores", lambda: 1)
     result = measured("serial")
-    result.engines, result.left_out = module._engines(experiment, 1)
+    result.engines, result.left_out = module._engines(experiment, 1, 0.01)
     assert [timing.changes["engine.name"] for timing in result.engines] == ["serial"]
     said = dict(lines(result, experiment.config))
     assert said["engine stacked (threads 1)"] == "left out: not with this model"
     monkeypatch.setattr(experiment.config, "__dict__", {**experiment.config.__dict__, "engine": own("ray")})
-    _, left_out = module._engines(experiment, 1)
+    _, left_out = module._engines(experiment, 1, 0.01)
     assert "not measured here" in left_out["ray"]
 
 

@@ -28,7 +28,8 @@ from federa.types import FederaError, Job, RoundFailedError
 
 STEPS = 3  # of a timed client: enough to outlast its start, few enough to wait for
 GEMM_SIDE = 2048  # four times that on an accelerator, where the launch of a product must not count
-COHORT = 16  # clients of a round that are timed at least: `stacked` gains by their number and their sizes
+COHORT = 16  # clients of a round that are timed: `stacked` gains by their number and their sizes
+PASS_SECONDS = 6.0  # fewer clients where those would take longer: there products are large and gain nothing
 PRECISIONS = ("fp32", "bf16")
 BATCH_SIZES = (8, 16, 32, 64)
 Say = Callable[[str], None]
@@ -183,7 +184,7 @@ def bench(config: RunConfig, say: Say, repeats: int = 5) -> Bench:
             repeats,
         )
         say("engines")
-        out.engines, out.left_out = _engines(chosen, repeats)
+        out.engines, out.left_out = _engines(chosen, repeats, out.step_seconds)
     finally:
         torch.set_num_threads(threads)
     return out
@@ -299,11 +300,15 @@ def _keys(engine: Engine) -> dict[str, Any]:
     return {f"engine.{key}": value for key, value in engine.model_dump(exclude_none=True).items()}
 
 
-def _engines(experiment: Experiment, repeats: int) -> tuple[list[Timing], dict[str, str]]:
+def _engines(
+    experiment: Experiment, repeats: int, step_seconds: float
+) -> tuple[list[Timing], dict[str, str]]:
     """Return how fast the engines are, and why others were left out."""
     config, cores = experiment.config, available_cores()
-    # Side by side on an accelerator only a whole cohort tells.
-    number = min(config.cohort, max(COHORT, 2 * cores)) if config.device == "cpu" else config.cohort
+    number = config.cohort  # side by side on an accelerator only a whole cohort tells
+    if config.device == "cpu":
+        in_time = int(PASS_SECONDS * cores / (STEPS * step_seconds))
+        number = min(number, max(2 * cores, min(COHORT, in_time)))
     jobs = make_jobs(config.replace(cohort=number), 1, [len(part) for part in experiment.parts])
 
     def trains(session: Session) -> Callable[[], float]:

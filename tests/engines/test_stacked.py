@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -115,8 +116,13 @@ def test_without_the_cpus_own_kernels(recipe, monkeypatch):
         check_as_serial(prepare(recipe, method={"name": name}, client__optimizer="sgd", cohort=3))
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta", "electra", "deberta-v2"])
-@pytest.mark.parametrize("case", METHOD_CASES)
+@pytest.mark.parametrize(
+    ("family", "case"),
+    [
+        *(("bert", case) for case in METHOD_CASES),
+        *product(("roberta", "electra", "deberta-v2"), ("lora", "ft")),
+    ],
+)
 def test_with_a_gpus_modules(recipe, encoder, monkeypatch, family, case):
     """What `gpu.speed_up` puts in, on the CPU; clients of unequal texts, so that each has its own padding."""
 
