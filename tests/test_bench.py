@@ -123,7 +123,7 @@ def test_slow_steps_are_of_fewer_clients_but_two_a_core(recipe, monkeypatch):
 
     monkeypatch.setattr(module, "make_jobs", jobs)
     monkeypatch.setattr(module, "available_cores", lambda: 2)
-    experiment = build(recipe, partition={"name": "iid", "clients": 40}, cohort=40)
+    experiment = build(recipe, partition={"name": "iid", "clients": 40}, cohort=40, device="cpu")
     for seconds in (0.01, 0.5, 60.0):
         with pytest.raises(StopIteration):
             module._engines(experiment, 1, seconds)
