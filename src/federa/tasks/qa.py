@@ -115,8 +115,8 @@ class QA(Task):
         """Return which question each window is of, and the features of all windows.
 
         Among them are `starts` and `ends`, the characters of the context that each token has. Windows are
-        those that a tokenizer is meant to give; some versions of `tokenizers` (0.23.1, 0.23.2) lose what lies
-        beyond the second.
+        those that a tokenizer is meant to give, from the left; some versions of `tokenizers` (0.23.1, 0.23.2)
+        lose what lies beyond the first `limit` tokens.
         """
         tokens = tokenizer(
             questions, contexts, return_offsets_mapping=True, return_attention_mask=False, verbose=False
