@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from federa.cpu.attention import exchange, is_known
-from federa.cpu.first_token import FirstTokenAttention
+from federa.cpu.first_token import read_first_token_only
 from federa.cpu.frozen import is_frozen
 from federa.cpu.plain import is_transforming
 from federa.masks import use_ready_masks
@@ -31,7 +30,7 @@ def speed_up(model: Any) -> None:
         from federa.cpu.disentangled import attend_along_diagonals  # loads that family's model
 
         attend_along_diagonals(model)
-    _read_first_token_only(model)
+    read_first_token_only(model, _is_end, _of_first_token)
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = SharedLinear
@@ -73,18 +72,8 @@ class _Shared(torch.autograd.Function):  # type: ignore[misc, unused-ignore]
         return _Shared.apply(x.movedim(in_dims[0], 0), weight, bias), 0
 
 
-def _read_first_token_only(model: Any) -> None:
-    """Spare a model what its last layer computes of other tokens, if its output does not depend on them.
-
-    On a CPU `cpu/first_token.py` does so, with ends of sub-layers that are fused there.
-    """
-    last = [module for module in model.modules() if is_known(module, _is_end)][-1:]
-    if last and not model.config.output_hidden_states:
-        attention, end = last[0].self, last[0].output
-        exchange(model, {attention: FirstTokenAttention, end: _of_first_token(type(end))})
-
-
 def _is_end(module: Any) -> bool:
+    """Return whether a module is the end of a sub-layer of BERT's kind; on a CPU those are fused."""
     parts = module.named_children() if isinstance(module, nn.Module) else ()
     return {name for name, _ in parts} == {"dense", "LayerNorm", "dropout"}
 

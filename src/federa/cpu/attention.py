@@ -192,11 +192,12 @@ def read_together(model: Any) -> None:
     exchange(model, classes | {module.self: FusedSelfAttention for module in found})
 
 
-def _is_fused(end: Any) -> bool:
+def is_fused(end: Any) -> bool:
+    """Return whether a module is the fused end of a sub-layer."""
     return type(end) is FusedOutput
 
 
-def is_known(module: nn.Module, is_end: Callable[[Any], bool] = _is_fused) -> bool:
+def is_known(module: nn.Module, is_end: Callable[[Any], bool] = is_fused) -> bool:
     """Return whether a module is an attention sub-layer of the kind that is known here.
 
     Args:

@@ -6,11 +6,12 @@ feed-forward pass in that layer is work that nothing depends on: of a network of
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from federa.cpu.attention import FusedSelfAttention, exchange, is_known, read
+from federa.cpu.attention import FusedSelfAttention, exchange, is_fused, is_known, read
 from federa.cpu.ends import FusedOutput
 
 
@@ -37,11 +38,21 @@ class FirstTokenOutput(FusedOutput):
         return super().forward(hidden_states, input_tensor[:, :1])
 
 
-def read_first_token_only(model: Any) -> None:
+def read_first_token_only(
+    model: Any,
+    is_end: Callable[[Any], bool] = is_fused,
+    of_first_token: Callable[[type[nn.Module]], type[nn.Module]] = lambda end: FirstTokenOutput,
+) -> None:
     """Spare a model what its last layer computes of other tokens, if its output does not depend on them.
 
     The last hidden state is `(batch, 1, width)` then: a model that is asked for its hidden states keeps them.
+
+    Args:
+        model: of transformers.
+        is_end: see `is_known`.
+        of_first_token: gives the class that takes the place of such an end's.
     """
-    last = [m for m in model.modules() if is_known(m)][-1:]
+    last = [m for m in model.modules() if is_known(m, is_end)][-1:]
     if last and not model.config.output_hidden_states:
-        exchange(model, {last[0].self: FirstTokenAttention, last[0].output: FirstTokenOutput})
+        attention, end = last[0].self, last[0].output
+        exchange(model, {attention: FirstTokenAttention, end: of_first_token(type(end))})
