@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from federa import gpu
 from federa.cli import main
 from federa.config import RunConfig, parse_config
 from federa.engines import Engine, Session
@@ -31,6 +32,18 @@ loop = importlib.import_module("federa.run")  # the module: the name in the pack
 def build(recipe: Mapping[str, Any], **changes: Any) -> Experiment:
     """Return the experiment of a recipe with keys changed; `a__b` stands for the dotted key `a.b`."""
     return build_experiment(configure(recipe, **changes))
+
+
+def as_on_an_accelerator(monkeypatch: pytest.MonkeyPatch, *, ready: bool) -> None:
+    """Build experiments with what a GPU's model has, on the CPU; or with transformers' own modules and masks."""
+
+    def prepare(model: Any) -> None:
+        if model._supports_attention_backend:
+            model.set_attn_implementation("sdpa")
+        if ready:
+            gpu.speed_up(model)
+
+    monkeypatch.setattr("federa.experiment.speed_up", prepare)
 
 
 def configure(recipe: Mapping[str, Any], **changes: Any) -> RunConfig:

@@ -5,9 +5,8 @@ import pytest
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.deberta_v2 import modeling_deberta_v2
 
-from federa import gpu
 from federa.types import Job
-from running import build, furthest
+from running import as_on_an_accelerator, build, furthest
 
 FAMILIES = ("bert", "roberta", "deberta-v2", "distilbert", "electra", "modernbert")
 LOOKS = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "masked_select", "equal", "unique")
@@ -25,18 +24,6 @@ class Looks(TorchDispatchMode):
         if name in LOOKS:
             self.found.append(name)
         return function(*args, **(kwargs or {}))
-
-
-def as_on_an_accelerator(monkeypatch, *, ready):
-    """Build experiments with what an accelerator's model has, on the CPU, with transformers' own masks or ours."""
-
-    def prepare(model):
-        if model._supports_attention_backend:
-            model.set_attn_implementation("sdpa")
-        if ready:
-            gpu.speed_up(model)
-
-    monkeypatch.setattr("federa.experiment.speed_up", prepare)
 
 
 @pytest.fixture(params=FAMILIES)

@@ -25,7 +25,7 @@ from federa.seeds import torch_seeded
 from federa.server import OK, finish_round
 from federa.state import load_state
 from federa.types import FederaError, Job, RoundFailedError, ServerState
-from running import build, configure, furthest, jobs_of, kept_files, same, steady
+from running import as_on_an_accelerator, build, configure, furthest, jobs_of, kept_files, same, steady
 
 METHOD_CASES = {
     "federa": {"name": "federa", "rank": 4},
@@ -125,13 +125,7 @@ def test_without_the_cpus_own_kernels(recipe, monkeypatch):
 )
 def test_with_a_gpus_modules(recipe, encoder, monkeypatch, family, case):
     """What `gpu.speed_up` puts in, on the CPU; clients of unequal texts, so that each has its own padding."""
-
-    def as_on_a_gpu(model):
-        if model._supports_attention_backend:
-            model.set_attn_implementation("sdpa")
-        gpu.speed_up(model)
-
-    monkeypatch.setattr("federa.experiment.speed_up", as_on_a_gpu)
+    as_on_an_accelerator(monkeypatch, ready=True)
     changes = {"client__optimizer": "sgd", "client__lr": 0.1, "client__max_steps": 2, "cohort": 3}
     experiment = prepare(recipe, model__name=str(encoder(family)), method=METHOD_CASES[case], **changes)
     assert any(type(module) is gpu.SharedLinear for module in experiment.trainer.model.modules())
