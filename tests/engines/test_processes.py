@@ -326,8 +326,16 @@ def test_an_abandoned_round_leaves_nothing_to_the_next(recipe):
     assert all(same(u.delta, e.delta) for u, e in zip(updates, expected, strict=True))
 
 
-def test_no_worker_waits_while_an_update_is_made_use_of(recipe):
+def test_no_worker_waits_while_an_update_is_made_use_of(recipe, monkeypatch):
+    train = Experiment.train_client
+
+    def slowly(self, params, job):  # or one worker has done the rest while the other is at its first
+        time.sleep(0.2 if job.client_id != first else 0.0)
+        return train(self, params, job)
+
+    monkeypatch.setattr(Experiment, "train_client", slowly)
     experiment = build(recipe, cohort=6)
+    first = jobs_of(experiment)[0].client_id
     with Processes(workers=2).open(experiment) as session:
         updates = session.train(experiment.params, jobs_of(experiment))
         next(updates)
